@@ -1,0 +1,48 @@
+"""The errors a user can meet. Each prints as one message (what, where, what to write instead), never a traceback.
+
+Exit codes: 0 done; 1 a fault of the program or the machine; 2 bad input, found before anything is lost;
+75 (``EX_TEMPFAIL``) preempted and saved, run again to continue.
+"""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_FAULT = 1
+EXIT_BAD_INPUT = 2
+EXIT_PREEMPTED = 75
+
+
+class AutoModelError(Exception):
+    """Base of every error with a message meant for the user; ``exit_code`` is what the command returns."""
+
+    exit_code = EXIT_FAULT
+
+
+class ConfigError(AutoModelError):
+    """A mistake in the YAML, an override or a command line (``file:line key=value: problem; fix``)."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class DataError(AutoModelError):
+    """A dataset that cannot be read or cannot be trained on; names the file, the row or the column."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class ModelError(AutoModelError):
+    """A model or tokenizer that cannot be found, loaded or adapted; names the repository, tensor or module."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class CheckpointError(AutoModelError):
+    """A checkpoint that cannot be written, or that is damaged or does not belong to this run."""
+
+    exit_code = EXIT_FAULT
+
+
+class MissingExtraError(AutoModelError):
+    """An optional dependency is not installed; the message names the extra to install."""
+
+    exit_code = EXIT_BAD_INPUT

@@ -1,0 +1,110 @@
+"""Fine-tune a causal language model, SFT or LoRA: data -> model -> training -> validation -> checkpoint.
+
+Read it top to bottom; there is no trainer behind it. To change the training, copy this file and change the copy.
+
+    automodel finetune llm -c recipe.yaml [--section.key=value ...]
+    torchrun --nproc-per-node=8 nemo_automodel/recipes/llm/finetune.py -c recipe.yaml
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from nemo_automodel._transformers.forward import forward_loss
+from nemo_automodel._transformers.inputs import to_device
+from nemo_automodel.config import Config
+from nemo_automodel.types import Batch, TrainState
+
+
+def main(cfg: Config) -> None:
+    """Run the recipe that ``cfg`` describes, from the first token read to the last checkpoint written."""
+    # --- where we run -----------------------------------------------------------------------------------------
+    env = cfg.dist_env.instantiate()  # process group, rank, device
+    dist = cfg.distributed.instantiate(env=env)  # the mesh, and how a model is spread over it
+    rng = cfg.rng.instantiate(rank=env.rank)
+
+    # --- data: before the model, because it is cheap and fails for more reasons --------------------------------
+    tokenizer = cfg.tokenizer.instantiate(model_name=cfg.model_name)
+    with env.rank_zero_first():  # rank 0 downloads and tokenises, the others read its cache
+        train_data = cfg.dataset.instantiate(tokenizer=tokenizer)
+        val_data = cfg.validation_dataset.instantiate(tokenizer=tokenizer)  # None without the section
+    packing = cfg.packed_sequence.instantiate()
+    batches_of = {"tokenizer": tokenizer, "packing": packing, "seed": rng.seed, "dp_rank": dist.dp_rank, "dp_size": dist.dp_size}  # fmt: skip
+    batches_of |= {"global_batch_size": cfg.step_scheduler.global_batch_size, "local_batch_size": cfg.step_scheduler.local_batch_size}  # fmt: skip
+    loader = cfg.dataloader.instantiate(dataset=train_data, **batches_of)
+    val_loader = cfg.dataloader.instantiate(dataset=val_data, **batches_of, shuffle=False, drop_last=False)
+    schedule = cfg.step_scheduler.instantiate(steps_per_epoch=loader.steps_per_epoch)
+
+    # --- model: load -> LoRA -> compile each block -> shard ----------------------------------------------------
+    peft = cfg.peft.instantiate()  # None without the section: full fine-tuning
+    model = cfg.model.instantiate(peft=peft, distributed=dist, compile=cfg.compile.instantiate())
+    params = [p for p in model.parameters() if p.requires_grad]
+
+    # --- optimisation -----------------------------------------------------------------------------------------
+    loss_fn = cfg.loss_fn.instantiate()  # a SUM over label tokens; normalised once, below
+    optimizer = cfg.optimizer.instantiate(params=params)
+    lr_scheduler = cfg.lr_scheduler.instantiate(optimizer=optimizer, total_steps=schedule.total_steps)
+    clip_gradients = cfg.clip_grad_norm.instantiate()
+    checkpointer = cfg.checkpoint.instantiate(env=env)
+    log = cfg.loggers.instantiate(env=env, config=cfg, schedule=schedule)
+    cfg.raise_on_unread()
+
+    state = TrainState(model, tokenizer, peft, optimizer, lr_scheduler, schedule, rng, fingerprint=cfg.fingerprint(loader))
+    checkpointer.restore(state)
+    log.start(model=model, loader=loader, loss_fn=loss_fn)
+
+    # --- training: one iteration is one optimizer step ---------------------------------------------------------
+    model.train()
+    for batches in schedule.iterate(loader):
+        num_label_tokens = dist.all_reduce_sum(sum(batch["num_label_tokens"] for batch in batches))
+        loss_sum = torch.zeros((), device=dist.device)
+        for i, batch in enumerate(batches):
+            dist.sync_gradients(model, last_micro_batch=i == len(batches) - 1)
+            ce_sum, aux = forward_loss(model, to_device(batch, dist.device), loss_fn)
+            loss = ce_sum / num_label_tokens + aux / (len(batches) * dist.dp_size)
+            loss.backward()
+            loss_sum += ce_sum.detach()
+
+        grad_norm = clip_gradients(params)
+        optimizer.step()
+        lr_scheduler.step()
+        optimizer.zero_grad()
+
+        if schedule.should_log:
+            loss = dist.all_reduce_sum(loss_sum) / num_label_tokens
+            log.train_step(loss=loss, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"], batches=batches)
+        if val_loader is not None and schedule.should_validate:
+            val_loss = validate(model, val_loader, loss_fn, dist)
+            log.validation(val_loss=val_loss)
+            checkpointer.offer_best(val_loss)
+        if schedule.should_save:
+            log.checkpoint(checkpointer.save(state))
+
+    log.finish()
+    checkpointer.finish(state)
+    env.shutdown()
+
+
+@torch.no_grad()
+def validate(model: torch.nn.Module, loader: Any, loss_fn: Any, dist: Any) -> float:
+    """Mean loss per label token over the whole validation set, equal on every rank."""
+    model.eval()
+    loss_sum, num_label_tokens = torch.zeros((), device=dist.device), 0
+    for batches in loader.steps(epoch=0):
+        for batch in batches:
+            ce_sum, _ = forward_loss(model, to_device(batch, dist.device), loss_fn)
+            loss_sum += ce_sum
+            num_label_tokens += batch["num_label_tokens"]
+    model.train()
+    return (dist.all_reduce_sum(loss_sum) / dist.all_reduce_sum(num_label_tokens)).item()
+
+
+__all__ = ["Batch", "main", "validate"]
+
+if __name__ == "__main__":
+    from nemo_automodel.cli.finetune import run_recipe
+
+    sys.exit(run_recipe("llm", sys.argv[1:]))
