@@ -31,16 +31,29 @@ def main(cfg: Config) -> None:
     with env.rank_zero_first():  # rank 0 downloads and tokenises, the others read its cache
         train_data = cfg.dataset.instantiate(tokenizer=tokenizer)
         val_data = cfg.validation_dataset.instantiate(tokenizer=tokenizer)  # None without the section
+    schedule = cfg.step_scheduler.instantiate(dp_size=dist.dp_size)  # batch sizes, epochs, cadence
     packing = cfg.packed_sequence.instantiate()
-    batches_of = {"tokenizer": tokenizer, "packing": packing, "seed": rng.seed, "dp_rank": dist.dp_rank, "dp_size": dist.dp_size}  # fmt: skip
-    batches_of |= {"global_batch_size": cfg.step_scheduler.global_batch_size, "local_batch_size": cfg.step_scheduler.local_batch_size}  # fmt: skip
-    loader = cfg.dataloader.instantiate(dataset=train_data, **batches_of)
-    val_loader = cfg.dataloader.instantiate(dataset=val_data, **batches_of, shuffle=False, drop_last=False)
-    schedule = cfg.step_scheduler.instantiate(steps_per_epoch=loader.steps_per_epoch)
+    batching = {
+        "tokenizer": tokenizer,
+        "packing": packing,
+        "seed": rng.seed,
+        "dp_rank": dist.dp_rank,
+        "dp_size": dist.dp_size,
+        "global_batch_size": schedule.global_batch_size,
+        "local_batch_size": schedule.local_batch_size,
+        "pin_memory": dist.device.type == "cuda",
+    }
+    loader = cfg.dataloader.instantiate(dataset=train_data, **batching)
+    val_loader = None
+    if val_data is not None:
+        val_loader = cfg.dataloader.instantiate(dataset=val_data, **batching, shuffle=False, drop_last=False)
+    schedule.plan(loader)
 
     # --- model: load -> LoRA -> compile each block -> shard ----------------------------------------------------
     peft = cfg.peft.instantiate()  # None without the section: full fine-tuning
-    model = cfg.model.instantiate(peft=peft, distributed=dist, compile=cfg.compile.instantiate())
+    model = cfg.model.instantiate(
+        peft=peft, distributed=dist, compile=cfg.compile.instantiate(), packed=packing.packed_sequence_size > 0
+    )
     params = [p for p in model.parameters() if p.requires_grad]
 
     # --- optimisation -----------------------------------------------------------------------------------------
@@ -52,13 +65,15 @@ def main(cfg: Config) -> None:
     log = cfg.loggers.instantiate(env=env, config=cfg, schedule=schedule)
     cfg.raise_on_unread()
 
-    state = TrainState(model, tokenizer, peft, optimizer, lr_scheduler, schedule, rng, fingerprint=cfg.fingerprint(loader))
+    fingerprint = {"config": cfg.resolved(), "data": getattr(loader, "fingerprint", None)}
+    state = TrainState(model, tokenizer, peft, optimizer, lr_scheduler, schedule, rng, fingerprint)
     checkpointer.restore(state)
     log.start(model=model, loader=loader, loss_fn=loss_fn)
 
     # --- training: one iteration is one optimizer step ---------------------------------------------------------
     model.train()
     for batches in schedule.iterate(loader):
+        rng.seed_step(schedule.step)  # dropout is a function of (seed, step, rank): nothing to restore
         num_label_tokens = dist.all_reduce_sum(sum(batch["num_label_tokens"] for batch in batches))
         loss_sum = torch.zeros((), device=dist.device)
         for i, batch in enumerate(batches):

@@ -1,0 +1,88 @@
+"""The process this rank is: its place among the others, its device, and the process group between them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from nemo_automodel.errors import ConfigError
+
+_HOST_TIMEOUT = timedelta(hours=24)
+"""How long ranks wait for rank 0 to download and tokenise: a host-side wait, not a collective that should trip."""
+
+
+class DistEnv:
+    """Joins (or makes, for a single process) the process group and picks this rank's device.
+
+    Ranks come from the variables that torchrun sets (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``). Without them the
+    process is rank 0 of 1 and still gets a process group, so that one device runs the code of many.
+
+    Args:
+        backend: torch.distributed backend. Default: ``nccl`` on CUDA, ``gloo`` on the CPU.
+        timeout_minutes: How long a collective may take before the run is declared stuck. Default 10.
+        device: ``cuda`` or ``cpu``. Default: CUDA where it is available.
+
+    Attributes:
+        rank, local_rank, world_size: This process among all, on its host, and how many there are.
+        device: Where this rank computes.
+        is_main: Whether this is rank 0, the one that prints and writes.
+    """
+
+    def __init__(self, backend: str | None = None, timeout_minutes: float = 10.0, device: str | None = None):
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.is_main = self.rank == 0
+        self.device = self._pick_device(device)
+        backend = backend or ("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+        self._owns_group = not dist.is_initialized()
+        if self._owns_group:
+            timeout = timedelta(minutes=timeout_minutes)
+            if "RANK" in os.environ:
+                dist.init_process_group(backend, timeout=timeout)
+            else:
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        self._host_group = dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT)
+
+    def _pick_device(self, requested: str | None) -> torch.device:
+        kind = requested or ("cuda" if torch.cuda.is_available() else "cpu")
+        if kind == "cpu":
+            return torch.device("cpu")
+        if kind != "cuda":
+            raise ConfigError(f"dist_env.device={requested}: unknown device; write cuda or cpu")
+        if self.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"dist_env.device=cuda: local rank {self.local_rank} has no GPU, {torch.cuda.device_count()} visible; "
+                "start fewer processes per node, or set dist_env.device: cpu"
+            )
+        torch.cuda.set_device(self.local_rank)
+        return torch.device("cuda", self.local_rank)
+
+    def barrier(self) -> None:
+        """Wait for every rank, on the host and for as long as it takes."""
+        dist.barrier(group=self._host_group)
+
+    @contextmanager
+    def rank_zero_first(self) -> Iterator[None]:
+        """Rank 0 runs the body first (it downloads and fills caches), then all others at once."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
+    def broadcast(self, value: object) -> object:
+        """Rank 0's ``value`` on every rank (any picklable object)."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._host_group)
+        return box[0]
+
+    def shutdown(self) -> None:
+        """Leave the process group, if this object joined it."""
+        if self._owns_group and dist.is_initialized():
+            dist.destroy_process_group()

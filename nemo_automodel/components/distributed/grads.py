@@ -1,0 +1,52 @@
+"""Gradient norm and clipping over a mesh, without a host synchronisation and without DTensor dispatch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Shard
+
+
+class GradClipper:
+    """Scales all gradients so that their global L2 norm is at most ``max_norm``.
+
+    Args:
+        max_norm: Upper bound of the norm over every parameter on every rank. Default 1.0; null only measures it.
+    """
+
+    def __init__(self, max_norm: float | None = 1.0):
+        self.max_norm = max_norm
+
+    @torch.no_grad()
+    def __call__(self, params: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+        """Clip the gradients of ``params`` in place; returns the norm before clipping, a scalar on the device."""
+        grads = [p.grad for p in params if p.grad is not None]
+        norm = global_grad_norm(grads)
+        if self.max_norm is not None:
+            factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([_local(g) for g in grads], factor)
+        return norm
+
+
+def global_grad_norm(grads: list[torch.Tensor]) -> torch.Tensor:
+    """L2 norm over all ``grads``, each counted once however it is sharded over its mesh."""
+    groups: dict[tuple, list[torch.Tensor]] = defaultdict(list)
+    for grad in grads:
+        groups[(grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else ()].append(grad)
+    total = torch.zeros((), device=grads[0].device) if grads else torch.zeros(())
+    for key, members in groups.items():
+        norms = torch._foreach_norm([_local(g) for g in members], 2, dtype=torch.float32)
+        square_sum = torch.stack(norms).square().sum()
+        mesh, placements = key if key else (None, ())
+        for dim, placement in enumerate(placements):
+            if isinstance(placement, Shard) and mesh.size(dim) > 1:
+                dist.all_reduce(square_sum, group=mesh.get_group(dim))
+        total += square_sum
+    return total.sqrt()
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

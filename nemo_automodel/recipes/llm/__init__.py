@@ -1,0 +1,1 @@
+"""Recipes: one linear script per task."""
