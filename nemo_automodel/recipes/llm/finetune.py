@@ -16,7 +16,7 @@ import torch
 from nemo_automodel._transformers.forward import forward_loss
 from nemo_automodel._transformers.inputs import to_device
 from nemo_automodel.config import Config
-from nemo_automodel.types import Batch, TrainState
+from nemo_automodel.types import TrainState
 
 
 def main(cfg: Config) -> None:
@@ -74,7 +74,7 @@ def main(cfg: Config) -> None:
     model.train()
     for batches in schedule.iterate(loader):
         rng.seed_step(schedule.step)  # dropout is a function of (seed, step, rank): nothing to restore
-        num_label_tokens = dist.all_reduce_sum(sum(batch["num_label_tokens"] for batch in batches))
+        num_label_tokens = dist.all_reduce_sum(sum(batch["num_label_tokens"] for batch in batches)).clamp(min=1)
         loss_sum = torch.zeros((), device=dist.device)
         for i, batch in enumerate(batches):
             dist.sync_gradients(model, last_micro_batch=i == len(batches) - 1)
@@ -84,13 +84,14 @@ def main(cfg: Config) -> None:
             loss_sum += ce_sum.detach()
 
         grad_norm = clip_gradients(params)
+        lr = optimizer.param_groups[0]["lr"]
         optimizer.step()
         lr_scheduler.step()
         optimizer.zero_grad()
 
         if schedule.should_log:
-            loss = dist.all_reduce_sum(loss_sum) / num_label_tokens
-            log.train_step(loss=loss, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"], batches=batches)
+            mean_loss = dist.all_reduce_sum(loss_sum) / num_label_tokens
+            log.train_step(loss=mean_loss, grad_norm=grad_norm, lr=lr, batches=batches)
         if val_loader is not None and schedule.should_validate:
             val_loss = validate(model, val_loader, loss_fn, dist)
             log.validation(val_loss=val_loss)
@@ -114,10 +115,8 @@ def validate(model: torch.nn.Module, loader: Any, loss_fn: Any, dist: Any) -> fl
             loss_sum += ce_sum
             num_label_tokens += batch["num_label_tokens"]
     model.train()
-    return (dist.all_reduce_sum(loss_sum) / dist.all_reduce_sum(num_label_tokens)).item()
+    return (dist.all_reduce_sum(loss_sum) / dist.all_reduce_sum(num_label_tokens).clamp(min=1)).item()
 
-
-__all__ = ["Batch", "main", "validate"]
 
 if __name__ == "__main__":
     from nemo_automodel.cli.finetune import run_recipe
