@@ -1,0 +1,1 @@
+"""From rows to micro-batches: sources -> tokenised samples -> order and packing -> batches."""

@@ -1,0 +1,89 @@
+"""Rows of token ids -> the tensors of one micro-batch (``types.Batch``).
+
+What is padding is decided by lengths alone, never by comparing ids with the pad token: a tokenizer whose pad is its
+EOS keeps every EOS it was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from nemo_automodel.types import IGNORE_INDEX, Batch
+
+Row = tuple[np.ndarray, np.ndarray]  # input_ids [S], labels [S]; both int64
+
+
+def collate_padded(rows: Sequence[Row], sample_ids: list[int], pad_id: int = 0, pad_to_multiple_of: int = 8) -> Batch:
+    """Right-pad ``rows`` to the longest, rounded up.
+
+    Args:
+        rows: B pairs of input_ids [S_i] and pre-shifted labels [S_i].
+        sample_ids: dataset rows that are in the batch.
+        pad_id: any valid token id; it is masked out.
+        pad_to_multiple_of: S is rounded up to a multiple of this many tokens (default 8).
+
+    Returns:
+        input_ids, labels [B, S], and attention_mask [B, S] where some row is shorter than S.
+    """
+    longest = max(len(ids) for ids, _ in rows)
+    width = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
+    input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    labels = np.full((len(rows), width), IGNORE_INDEX, dtype=np.int64)
+    mask = np.zeros((len(rows), width), dtype=np.int64)
+    for i, (ids, targets) in enumerate(rows):
+        input_ids[i, : len(ids)] = ids
+        labels[i, : len(ids)] = targets
+        mask[i, : len(ids)] = 1
+    batch = _batch(input_ids, labels, sample_ids)
+    if not mask.all():
+        batch["attention_mask"] = torch.from_numpy(mask)
+    return batch
+
+
+def collate_packed(packs: Sequence[Sequence[Row]], sample_ids: list[int], size: int, pad_id: int = 0) -> Batch:
+    """Lay the documents of every pack one after the other in a single row.
+
+    Args:
+        packs: L packs, each a list of documents (input_ids, labels) of at most ``size`` tokens together.
+        sample_ids: dataset rows that are in the batch.
+        size: tokens in a pack; what is left of it becomes a masked document of its own, so that shapes never change.
+        pad_id: any valid token id.
+
+    Returns:
+        input_ids, labels, position_ids [1, L*size] and cu_seq_lens_q/k [D+1].
+    """
+    total = len(packs) * size
+    input_ids = np.full((1, total), pad_id, dtype=np.int64)
+    labels = np.full((1, total), IGNORE_INDEX, dtype=np.int64)
+    lengths: list[int] = []
+    for start, documents in zip(range(0, total, size), packs, strict=True):
+        at = start
+        for ids, targets in documents:
+            input_ids[0, at : at + len(ids)] = ids
+            labels[0, at : at + len(ids)] = targets
+            at += len(ids)
+            lengths.append(len(ids))
+        if at < start + size:
+            lengths.append(start + size - at)
+    batch = _batch(input_ids, labels, sample_ids)
+    bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    batch["position_ids"] = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
+    batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = bounds
+    batch["max_length_q"] = batch["max_length_k"] = max(lengths)
+    return batch
+
+
+def _batch(input_ids: np.ndarray, labels: np.ndarray, sample_ids: list[int]) -> Batch:
+    indices = np.flatnonzero(labels.reshape(-1) != IGNORE_INDEX)
+    fields: dict[str, Any] = {
+        "input_ids": torch.from_numpy(input_ids),
+        "labels": torch.from_numpy(labels),
+        "label_indices": torch.from_numpy(indices.astype(np.int64)),
+        "num_label_tokens": len(indices),
+        "sample_ids": sample_ids,
+    }
+    return Batch(**fields)
