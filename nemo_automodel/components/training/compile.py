@@ -1,0 +1,35 @@
+"""torch.compile, one decoder block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass
+class CompileConfig:
+    """How decoder blocks are compiled. Blocks of one shape share one compilation, so that start-up stays short.
+
+    Args:
+        enabled: None = on where the device is CUDA.
+        mode: torch.compile's ``mode``; None is its default.
+        fullgraph: raise where a block cannot be captured as one graph, instead of splitting it.
+        dynamic: torch.compile's ``dynamic``; None lets sizes become dynamic once they change.
+    """
+
+    enabled: bool | None = None
+    mode: str | None = None
+    fullgraph: bool = False
+    dynamic: bool | None = None
+
+    def apply(self, blocks: Sequence[nn.Module], device: torch.device) -> bool:
+        """Compile each of ``blocks`` in place (parameter names stay); return whether it was done."""
+        enabled = device.type == "cuda" if self.enabled is None else self.enabled
+        if not enabled:
+            return False
+        for block in blocks:
+            block.compile(mode=self.mode, fullgraph=self.fullgraph, dynamic=self.dynamic)
+        return True
