@@ -15,7 +15,12 @@ def torchrun(target: str, nproc: int, *args: object, timeout: float = 240, check
         command += [target, *map(str, args)]
     else:
         module, function = target.split(":")
-        command += ["--no-python", sys.executable, "-c", f"import sys; from {module} import {function}; {function}(*sys.argv[1:])"]
+        command += [
+            "--no-python",
+            sys.executable,
+            "-c",
+            f"import sys; from {module} import {function}; {function}(*sys.argv[1:])",
+        ]
         command += [*map(str, args)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)

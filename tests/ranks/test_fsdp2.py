@@ -95,7 +95,10 @@ def test_class_17_an_update_at_1e5_survives_in_fp32_masters_only(single, master,
         optimizer.step()
         optimizer.zero_grad()
     moved = (layer.weight.full_tensor() - start).abs().float()
-    ledger = {"param": layer.weight.dtype, **{k: v.dtype for k, v in optimizer.state[layer.weight].items() if k != "step"}}
+    ledger = {
+        "param": layer.weight.dtype,
+        **{k: v.dtype for k, v in optimizer.state[layer.weight].items() if k != "step"},
+    }
     assert ledger == {"param": master, "exp_avg": master, "exp_avg_sq": master}
     if survives:
         assert moved.min() > 4e-4

@@ -20,10 +20,17 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("case", "nproc"), [("sft", 2), ("lora", 2), ("packed", 2), pytest.param("sft", 4, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    ("case", "nproc"), [("sft", 2), ("lora", 2), ("packed", 2), pytest.param("sft", 4, marks=pytest.mark.full)]
+)
 def test_n_ranks_train_as_one(tmp_path, case, nproc):
     workspace = make_workspace(tmp_path)
-    args = [*CASES[case], "--step_scheduler.max_steps=6", "--step_scheduler.ckpt_every_steps=3", "--distributed.dp_size=none"]
+    args = [
+        *CASES[case],
+        "--step_scheduler.max_steps=6",
+        "--step_scheduler.ckpt_every_steps=3",
+        "--distributed.dp_size=none",
+    ]
     args += ["--step_scheduler.local_batch_size=2"] if case != "packed" else []
     one = workspace.run(*args, out="one")
     torchrun(RECIPE, nproc, "-c", workspace.recipe, f"--checkpoint.checkpoint_dir={tmp_path}/many", *args)
@@ -39,7 +46,9 @@ def test_n_ranks_train_as_one(tmp_path, case, nproc):
 
     if case == "sft":
         models = [
-            AutoModelForCausalLM.from_pretrained(next((tmp_path / out).glob("epoch_*_step_6")) / "model", dtype=torch.float32)
+            AutoModelForCausalLM.from_pretrained(
+                next((tmp_path / out).glob("epoch_*_step_6")) / "model", dtype=torch.float32
+            )
             for out in ("one", "many")
         ]
         for p, q in zip(*(model.parameters() for model in models), strict=True):

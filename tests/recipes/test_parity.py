@@ -110,7 +110,9 @@ def test_class_2_packed_rows_train_as_separate_rows_do(tmp_path):
     workspace = make_workspace(tmp_path, rows=16)
     padded = workspace.run("--step_scheduler.global_batch_size=16", "--step_scheduler.max_steps=1", out="padded")
     packed_size = ["--packed_sequence.packed_sequence_size=2048", "--step_scheduler.global_batch_size=1"]
-    packed = workspace.run(*packed_size, "--step_scheduler.local_batch_size=1", "--step_scheduler.max_steps=1", out="packed")
+    packed = workspace.run(
+        *packed_size, "--step_scheduler.local_batch_size=1", "--step_scheduler.max_steps=1", out="packed"
+    )
     assert padded[0]["num_label_tokens"] == packed[0]["num_label_tokens"]
     assert packed[0]["loss"] == pytest.approx(padded[0]["loss"], rel=1e-5)
     assert packed[0]["grad_norm"] == pytest.approx(padded[0]["grad_norm"], rel=1e-4)

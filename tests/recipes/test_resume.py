@@ -45,12 +45,17 @@ def kill_and_resume(workspace, kills, rng):
     hits = 0
     for _ in range(kills):
         process = subprocess.Popen(
-            workspace.command(*ARGS, out="killed"), cwd=workspace.path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            workspace.command(*ARGS, out="killed"),
+            cwd=workspace.path,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
         before = (workspace.path / "killed" / "metrics.jsonl").exists() and len(workspace.metrics("killed"))
         deadline = time.time() + 120
         while process.poll() is None and time.time() < deadline:  # until it makes progress, then a random while
-            if (workspace.path / "killed" / "metrics.jsonl").exists() and len(workspace.metrics("killed")) > (before or 0):
+            if (workspace.path / "killed" / "metrics.jsonl").exists() and len(workspace.metrics("killed")) > (
+                before or 0
+            ):
                 break
             time.sleep(0.02)
         time.sleep(rng.random() * 0.4)
@@ -95,4 +100,6 @@ def test_resume_reads_no_pickle_of_the_users(tmp_path, monkeypatch):
         raise AssertionError("torch.load was called")
 
     monkeypatch.setattr(torch, "load", refuse)
-    workspace.run("--step_scheduler.ckpt_every_steps=6", "--checkpoint.restore_from=latest", "--step_scheduler.max_steps=12")
+    workspace.run(
+        "--step_scheduler.ckpt_every_steps=6", "--checkpoint.restore_from=latest", "--step_scheduler.max_steps=12"
+    )

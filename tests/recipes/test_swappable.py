@@ -9,7 +9,7 @@ from nemo_automodel.errors import ConfigError
 from tests.recipes.workspace import make_workspace
 
 MINE = textwrap.dedent(
-    '''
+    """
     import json, pathlib
     import torch
     from torch.nn import functional as F
@@ -76,7 +76,7 @@ MINE = textwrap.dedent(
 
         def all_reduce_sum(self, value):
             return torch.as_tensor(value, dtype=torch.float64)
-    '''
+    """
 )
 SECTIONS = {
     "optimizer": {"_target_": "mine.py:SignSGD", "lr": 0.01},
@@ -92,7 +92,10 @@ SECTIONS = {
 def test_a_users_component_takes_the_place_of_ours(tmp_path, section):
     chosen = SECTIONS if section == "all" else {section: SECTIONS[section]}
     workspace = make_workspace(tmp_path, sections=chosen)
-    (tmp_path / "mine.py").write_text(MINE + f"\nimport atexit; atexit.register(lambda: open({str(tmp_path / 'calls')!r}, 'w').write(json.dumps(CALLS)))\n")
+    (tmp_path / "mine.py").write_text(
+        MINE
+        + f"\nimport atexit; atexit.register(lambda: open({str(tmp_path / 'calls')!r}, 'w').write(json.dumps(CALLS)))\n"
+    )
     workspace.spawn("--allow-target", "./mine.py", "--step_scheduler.max_steps=4")
     assert set(json.loads((tmp_path / "calls").read_text())) == set(chosen)
     metrics = workspace.metrics()

@@ -50,7 +50,12 @@ class Workspace:
         """Run through the real command in a process of its own."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
         result = subprocess.run(
-            self.command(*overrides, out=out), cwd=self.path, env=environment, capture_output=True, text=True, timeout=300
+            self.command(*overrides, out=out),
+            cwd=self.path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
         return result
@@ -60,7 +65,9 @@ class Workspace:
         return [line for line in map(json.loads, lines) if "loss" in line]
 
 
-def make_workspace(path: Path, model_type: str = "llama", rows: int = 48, sections: dict[str, Any] | None = None, **config: Any) -> Workspace:
+def make_workspace(
+    path: Path, model_type: str = "llama", rows: int = 48, sections: dict[str, Any] | None = None, **config: Any
+) -> Workspace:
     """Write a workspace: fp32 weights, ragged question/answer rows, a recipe of 12 steps at lr 1e-2."""
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer("plain")

@@ -52,7 +52,9 @@ class FSDP2Manager:
             if value != 1:
                 raise ConfigError(f"distributed.{name}={value}: only 1 is available in this version; write {name}: 1")
         if sequence_parallel:
-            raise ConfigError("distributed.sequence_parallel=true: needs tensor parallelism, not in this version; write false")
+            raise ConfigError(
+                "distributed.sequence_parallel=true: needs tensor parallelism, not in this version; write false"
+            )
         world_size = dist.get_world_size() if env is None else env.world_size
         wanted = world_size if dp_size in (None, "none", "auto") else int(dp_size)
         if wanted != world_size:
@@ -94,7 +96,10 @@ class FSDP2Manager:
 
     def all_reduce_sum(self, value: torch.Tensor | float) -> torch.Tensor:
         """Sum of ``value`` over the data-parallel ranks: a float64 scalar on the device, without waiting for it."""
-        total = torch.as_tensor(value, dtype=torch.float64, device=self.device).clone()
+        if isinstance(value, torch.Tensor):
+            total = value.detach().to(self.device, torch.float64, copy=True)
+        else:  # a fill, where a copy from the host would wait for the device
+            total = torch.full((), value, dtype=torch.float64, device=self.device)
         if self.dp_size > 1:
             dist.all_reduce(total, group=self.mesh.get_group("dp"))
         return total

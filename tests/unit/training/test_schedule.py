@@ -29,7 +29,13 @@ def run(schedule, loader):
 
 @pytest.mark.parametrize(
     ("kwargs", "steps"),
-    [({}, 3), ({"num_epochs": 2}, 7), ({"max_steps": 5}, 5), ({"num_epochs": 1, "max_steps": 50}, 3), ({"max_steps": 12}, 12)],
+    [
+        ({}, 3),
+        ({"num_epochs": 2}, 7),
+        ({"max_steps": 5}, 5),
+        ({"num_epochs": 1, "max_steps": 50}, 3),
+        ({"max_steps": 12}, 12),
+    ],
 )
 def test_class_10_planned_steps_are_executed_steps(kwargs, steps):
     loader = CountingLoader([3, 4])
