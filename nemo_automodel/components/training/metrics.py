@@ -1,0 +1,288 @@
+"""What a run says about itself: the summary at the start, one line a step in ``metrics.jsonl``, the progress display.
+
+Nothing leaves the machine unless the recipe names a tracker.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from nemo_automodel.components.training.progress import ProgressDisplay, format_duration
+from nemo_automodel.components.training.trackers import TRACKERS, Tracker, require_extra
+from nemo_automodel.types import Batch
+
+logger = logging.getLogger(__name__)
+
+_NOT_TRACKED = frozenset({"step", "epoch", "loss_hex", "time"})  # the x axis, and what is no number to plot
+
+
+class Loggers:
+    """Reports a run on its main rank: a summary, ``metrics.jsonl``, a progress display and optional trackers.
+
+    ``metrics.jsonl`` has one JSON object per logged optimizer step: ``step`` (from 1), ``epoch`` (from 0), ``loss``
+    (mean per label token), ``loss_hex`` (the same float64, exactly), ``grad_norm`` (before clipping), ``lr``,
+    ``num_tokens`` and ``num_label_tokens`` (over all ranks), ``tokens_per_s`` (likewise), ``step_time_s``, ``mem_gib``
+    (peak: of the GPU, or of the process on a CPU) and ``time`` (Unix seconds). Each validation is a line of
+    ``validation.jsonl``: ``step``, ``epoch``, ``val_loss``, ``time``. A resumed run first drops what an aborted one
+    wrote after the restored step; a fresh run in the same place moves older files aside.
+
+    Args:
+        env: The process environment (given by the recipe): ``is_main``, ``device``, ``world_size``.
+        config: The run's configuration (given by the recipe): trackers show it.
+        schedule: The ``StepScheduler`` (given by the recipe): ``step``, ``epoch``, ``total_steps``.
+        output_dir: Where the files go. Default: ``checkpoint.checkpoint_dir``.
+        progress: True forces the live line, False prints nothing. Default: live on a terminal, plain lines
+            elsewhere.
+        tensorboard: True, or arguments of ``torch.utils.tensorboard.SummaryWriter``. Default: off.
+        wandb: Arguments of ``wandb.init``. Default: off.
+        mlflow: ``tracking_uri``, ``experiment_name`` and arguments of ``mlflow.start_run``. Default: off.
+
+    Raises:
+        MissingExtraError: A tracker's package is not installed.
+    """
+
+    def __init__(
+        self,
+        env: Any,
+        config: Any = None,
+        schedule: Any = None,
+        output_dir: str | None = None,
+        progress: bool | None = None,
+        tensorboard: bool | dict[str, Any] = False,
+        wandb: dict[str, Any] | None = None,
+        mlflow: dict[str, Any] | None = None,
+    ):
+        self.env = env
+        self.config = config
+        self.schedule = schedule
+        self.output_dir = Path(output_dir or _checkpoint_dir(config))
+        self.progress = progress
+        self._wanted: dict[str, dict[str, Any]] = {}
+        for extra, options in {"tensorboard": tensorboard, "wandb": wandb, "mlflow": mlflow}.items():
+            if options is not None and options is not False:
+                require_extra(TRACKERS[extra][0], extra)
+                self._wanted[extra] = dict(options) if isinstance(options, Mapping) else {}
+        self._trackers: dict[str, Tracker] = {}
+        self._files: dict[str, TextIO] = {}
+        self._display = ProgressDisplay(0, enabled=False)
+
+    def start(self, model: nn.Module, loader: Any, loss_fn: Any) -> None:
+        """Say once what is about to run, open the files and trackers, and start the clock.
+
+        Args:
+            model: The model as it will be trained.
+            loader: The training loader; its data-parallel size and its dataset's ``stats`` are read if it has them.
+            loss_fn: The training criterion.
+        """
+        self._ranks_per_batch = max(1, self.env.world_size // getattr(loader, "dp_size", self.env.world_size))
+        first_step = self.schedule.step
+        if self.env.is_main:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            self._files = {name: open_jsonl(self.output_dir / name, first_step) for name in _FILES}
+            for extra, options in self._wanted.items():
+                self._open_tracker(extra, options, first_step)
+            if self.progress is not False:
+                self._display = ProgressDisplay(self.schedule.total_steps, first_step, live=self.progress)
+            for line in describe_run(model, loader, loss_fn, self.env, self.schedule):
+                self._display.print(line)
+        self._start_time = self._clock = time.monotonic()
+        self._clock_step = first_step
+
+    def train_step(
+        self, loss: torch.Tensor | float, grad_norm: torch.Tensor | float, lr: float, batches: Sequence[Batch]
+    ) -> None:
+        """Record one optimizer step. Every rank calls it; this is where the host waits for the device.
+
+        Args:
+            loss: Mean loss per label token over all ranks, a scalar.
+            grad_norm: Norm of all gradients before clipping, a scalar.
+            lr: Learning rate of this step.
+            batches: This rank's micro-batches of this step.
+        """
+        num_tokens, num_label_tokens = self._count_tokens(batches)
+        if not self.env.is_main:
+            return
+        loss, grad_norm = float(loss), float(grad_norm)
+        now = time.monotonic()
+        steps = max(1, self.schedule.step - self._clock_step)  # more than one where not every step is logged
+        step_time = (now - self._clock) / steps
+        self._clock, self._clock_step = now, self.schedule.step
+        metrics = {
+            "step": self.schedule.step,
+            "epoch": self.schedule.epoch,
+            "loss": loss,
+            "loss_hex": loss.hex(),
+            "grad_norm": grad_norm,
+            "lr": float(lr),
+            "num_tokens": num_tokens,
+            "num_label_tokens": num_label_tokens,
+            "tokens_per_s": round(num_tokens / step_time, 1) if step_time else 0.0,
+            "step_time_s": round(step_time, 6),
+            "mem_gib": round(peak_memory_gib(self.env.device), 3),
+            "time": round(time.time(), 3),
+        }
+        self._write("metrics.jsonl", metrics)
+        self._track("train", metrics)
+        self._display.update(self.schedule.step, metrics)
+
+    def validation(self, val_loss: float) -> None:
+        """Record a validation that followed the running step; its time counts for no step."""
+        self._clock = time.monotonic()
+        if not self.env.is_main:
+            return
+        metrics = {"step": self.schedule.step, "epoch": self.schedule.epoch, "val_loss": float(val_loss)}
+        self._write("validation.jsonl", metrics | {"time": round(time.time(), 3)})
+        self._track("validation", metrics)
+        self._display.validation(val_loss)
+        self._display.print(f"step {self.schedule.step}  validation loss {val_loss:.4f}")
+
+    def checkpoint(self, path: Any) -> None:
+        """Say that a checkpoint was written to ``path``; its time counts for no step."""
+        self._clock = time.monotonic()
+        self._display.print(f"step {self.schedule.step}  saved {path}")
+
+    def finish(self) -> None:
+        """Close the display, the files and the trackers."""
+        if not self.env.is_main:
+            return
+        self._display.stop()
+        self._display.print(
+            f"trained to step {self.schedule.step} in {format_duration(time.monotonic() - self._start_time)}; "
+            f"metrics in {self.output_dir / 'metrics.jsonl'}"
+        )
+        for file in self._files.values():
+            file.close()
+        for extra in list(self._trackers):
+            self._guard(extra, lambda tracker: tracker.close())
+        self._trackers.clear()
+
+    def _count_tokens(self, batches: Sequence[Batch]) -> tuple[int, int]:
+        """Tokens (without padding) and label tokens of this step, over all ranks."""
+        counts = torch.tensor([sum(map(count_tokens, batches)), sum(batch["num_label_tokens"] for batch in batches)])
+        if self.env.world_size > 1:
+            counts = counts.to(self.env.device)
+            dist.all_reduce(counts)
+        num_tokens, num_label_tokens = (counts // self._ranks_per_batch).tolist()
+        return num_tokens, num_label_tokens
+
+    def _write(self, name: str, metrics: Mapping[str, Any]) -> None:
+        self._files[name].write(json.dumps(metrics) + "\n")
+        self._files[name].flush()  # a killed run keeps every line
+
+    def _track(self, group: str, metrics: Mapping[str, Any]) -> None:
+        values = {f"{group}/{name}": value for name, value in metrics.items() if name not in _NOT_TRACKED}
+        for extra in list(self._trackers):
+            self._guard(extra, lambda tracker: tracker.log(values, metrics["step"]))
+
+    def _open_tracker(self, extra: str, options: Mapping[str, Any], first_step: int) -> None:
+        resolved = self.config.resolved() if self.config is not None else {}
+        try:
+            self._trackers[extra] = TRACKERS[extra][1](options, self.output_dir, resolved, first_step)
+        except Exception as error:  # whatever a tracker's server or client does, it is no reason not to train
+            self._report_failure(extra, error)
+
+    def _guard(self, extra: str, action: Any) -> None:
+        try:
+            action(self._trackers[extra])
+        except Exception as error:
+            del self._trackers[extra]
+            self._report_failure(extra, error)
+
+    def _report_failure(self, extra: str, error: Exception) -> None:
+        logger.warning(
+            "loggers.%s failed and is off for the rest of this run (%s: %s); metrics.jsonl goes on",
+            extra,
+            type(error).__name__,
+            error,
+        )
+
+
+_FILES = ("metrics.jsonl", "validation.jsonl")
+
+
+def open_jsonl(path: Path, first_step: int) -> TextIO:
+    """Open ``path`` for appending lines of steps after ``first_step``, so that no step ever has two lines.
+
+    A resumed run (``first_step`` > 0) drops later lines and a half-written last one. A fresh run moves an older
+    file aside, to ``<name>.<time of its last line>``.
+    """
+    if path.exists() and path.stat().st_size:
+        if first_step == 0:
+            written = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+            path.rename(path.with_name(f"{path.stem}.{written}{path.suffix}"))
+        else:
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _is_up_to(line, first_step)]
+            rewritten = path.with_name(path.name + ".tmp")
+            rewritten.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            os.replace(rewritten, path)
+    return path.open("a", encoding="utf-8")
+
+
+def _is_up_to(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def count_tokens(batch: Batch) -> int:
+    """Tokens of ``batch``, padding not counted."""
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory so far, in GiB: allocated on a CUDA ``device``, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "win32":
+        return 0.0
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def describe_run(model: nn.Module, loader: Any, loss_fn: Any, env: Any, schedule: Any) -> list[str]:
+    """The lines printed once before the first step: model, loss, device, data and plan."""
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad})
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    lines = [
+        f"model     {type(model).__name__}, {total:,} parameters, {trainable:,} trainable ({trainable / max(1, total):.2%}) in {'/'.join(dtypes)}",
+        f"kernels   loss {type(loss_fn).__name__}" + (f", attention {attention}" if attention else ""),
+        f"device    {device_name(env.device)}, {env.world_size} rank(s)",
+    ]
+    stats = getattr(getattr(loader, "dataset", None), "stats", None)
+    if stats:
+        lines.append("data      " + ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in _items(stats)))
+    done = f", {schedule.step:,} done before" if schedule.step else ""
+    return [*lines, f"plan      {schedule.total_steps:,} optimizer steps{done}"]
+
+
+def device_name(device: torch.device) -> str:
+    """What ``device`` is called: a GPU's name, or how many CPU threads compute."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+
+
+def _items(stats: Any) -> list[tuple[str, int]]:
+    named = stats if isinstance(stats, Mapping) else vars(stats)
+    return [(name, value) for name, value in named.items() if isinstance(value, int)]
+
+
+def _checkpoint_dir(config: Any) -> str:
+    """Where the run's checkpoints go; a user's own checkpoint writer may not name a place."""
+    section = getattr(config, "checkpoint", None)
+    return getattr(section, "checkpoint_dir", None) or "checkpoints"
