@@ -1,0 +1,262 @@
+"""LoRA: ``PeftConfig`` says which linear layers get a low-rank adapter and of what kind, and puts it on them.
+
+Read with ``linear.py`` (what an adapted layer computes), ``match.py`` (which layers) and ``export.py`` (how it is saved).
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed
+from torch import nn
+
+from nemo_automodel.components._peft.export import (
+    adapted_names,
+    gathered_adapter_tensors,
+    load_tensors,
+    merged_tensors,
+    peft_target_modules,
+    read_adapter_config,
+    read_adapter_tensors,
+)
+from nemo_automodel.components._peft.linear import LoRALinear, adapt, lora_layers
+from nemo_automodel.components._peft.match import select_modules, summarize
+from nemo_automodel.errors import ConfigError, ModelError
+from nemo_automodel.kernels.lora import runs_on, unsupported_reason
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PeftConfig:
+    """LoRA (Hu et al. 2021) or DoRA (Liu et al. 2024) on the linear layers of a model; everything else is frozen.
+
+    Args:
+        target_modules: Names or patterns of linear layers, a list or one string: whole names
+            (``model.layers.3.mlp.down_proj``), their ends (``q_proj``), or with wildcards (``*.layers.0.*.q_proj``).
+            ``all-linear`` is the same as ``match_all_linear``. Each must match something.
+        exclude_modules: Layers to leave out, in the same notation.
+        match_all_linear: Every linear layer but the output head.
+        dim: Rank r of the adapters.
+        alpha: The low-rank product is scaled by alpha / dim.
+        dropout: Probability of dropout in the adapter's branch while training.
+        dropout_position: Where: ``pre``, on the adapter's input, as PEFT; ``post``, on its output.
+        use_dora: Learn each row's magnitude apart from its direction.
+        lora_A_init: ``kaiming`` (uniform, PEFT's default), ``xavier`` (normal) or ``gaussian`` (std 1/dim).
+            B starts at zero.
+        lora_dtype: Dtype the adapters are kept in; null = float32. They compute in the model's own.
+        use_triton: Run base and adapter by the Triton kernels. Where they cannot run, that is said once and plain
+            PyTorch is used. null = false.
+    """
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    match_all_linear: bool = False
+    dim: int = 8
+    alpha: int = 32
+    dropout: float = 0.0
+    dropout_position: Literal["pre", "post"] = "pre"
+    use_dora: bool = False
+    lora_A_init: Literal["kaiming", "xavier", "gaussian"] = "kaiming"
+    lora_dtype: str | None = None
+    use_triton: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.target_modules == "all-linear":
+            self.target_modules, self.match_all_linear = None, True
+        if self.match_all_linear and self.target_modules:
+            raise ConfigError(
+                "peft: match_all_linear: true and target_modules are both set; "
+                "set match_all_linear: false to adapt only target_modules, or remove target_modules"
+            )
+        if not self.match_all_linear and not self.target_modules:
+            raise ConfigError(
+                "peft: no layer is named; set match_all_linear: true, or target_modules: [q_proj, v_proj]"
+            )
+        if self.dim < 1:
+            raise ConfigError(f"peft.dim={self.dim}: the rank must be at least 1; 8 to 64 are usual")
+        if self.alpha <= 0:
+            raise ConfigError(f"peft.alpha={self.alpha}: must be above 0; the adapter is scaled by alpha / dim")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"peft.dropout={self.dropout}: must be at least 0 and below 1")
+        _one_of("dropout_position", self.dropout_position, ("pre", "post"))
+        _one_of("lora_A_init", self.lora_A_init, ("kaiming", "xavier", "gaussian"))
+        _parse_dtype(self.lora_dtype)
+
+    @property
+    def scale(self) -> float:
+        """What the low-rank product is multiplied by."""
+        return self.alpha / self.dim
+
+    def apply(self, model: nn.Module) -> list[str]:
+        """Freeze ``model`` and adapt its matching linear layers in place; returns their names.
+
+        With an initialised process group every rank must call it, so that all draw the same initial values.
+
+        Raises:
+            ModelError: a pattern that matches nothing, a named layer that cannot be adapted, nothing to adapt, or a
+                model that is adapted already.
+        """
+        if any(True for _ in lora_layers(model)):
+            raise ModelError("peft: the model carries LoRA adapters already; merge them, or load the base model")
+        selection = select_modules(
+            model, _as_list(self.target_modules), _as_list(self.exclude_modules), self.match_all_linear
+        )
+        model.requires_grad_(False)
+        use_triton = bool(self.use_triton) and self._report_kernel(model)
+        dtype = _parse_dtype(self.lora_dtype)
+        for module in selection.targets.values():
+            adapt(module, self.dim, self.scale, self.dropout, self.dropout_position, self.use_dora,
+                  self.lora_A_init, dtype, use_triton)  # fmt: skip
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            reset_adapters(model)
+        self._report(model, selection.skipped)
+        return list(selection.targets)
+
+    def adapter_state_dict(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """The adapters under PEFT's key names, whole on every rank (a collective where the model is sharded)."""
+        return gathered_adapter_tensors(model)
+
+    def adapter_config(
+        self, model: nn.Module, base_model_name_or_path: str, revision: str | None = None
+    ) -> dict[str, Any]:
+        """What ``adapter_config.json`` holds; ``target_modules`` lists what really is adapted in ``model``."""
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_model_name_or_path,
+            "revision": revision,
+            "r": self.dim,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "target_modules": peft_target_modules(model),
+            "exclude_modules": None,
+            "bias": "none",
+            "use_rslora": False,
+            "use_dora": self.use_dora,
+            "modules_to_save": None,
+            "inference_mode": True,
+            "fan_in_fan_out": any(layer.lora_transposed for _, layer in lora_layers(model)),
+            "init_lora_weights": "gaussian" if self.lora_A_init == "gaussian" else True,
+            "layers_to_transform": None,
+            "layers_pattern": None,
+            "rank_pattern": {},
+            "alpha_pattern": {},
+        }
+
+    def merged_state_dict(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """The base model's state dict with the adapters merged into it; ``model`` stays as it is.
+
+        Each weight is summed in fp32 and cast to the base's dtype. Sharded weights come back sharded.
+        """
+        return merged_tensors(model)
+
+    def _report_kernel(self, model: nn.Module) -> bool:
+        """Whether the Triton path can serve these adapters; the reason why not, or not yet, is logged once."""
+        reason = unsupported_reason(self.dim)
+        if self.use_dora:
+            reason = "DoRA rescales the base layer's output"
+        elif self.dropout > 0:
+            reason = "dropout is on"
+        device = next(model.parameters()).device.type
+        if reason is not None:
+            logger.warning("LoRA: use_triton is on, but %s; plain PyTorch is used", reason)
+        elif device != "meta" and not runs_on(device):
+            logger.warning("LoRA: use_triton is on, but Triton does not run on %s; plain PyTorch is used there", device)
+        return reason is None
+
+    def _report(self, model: nn.Module, skipped: dict[str, str]) -> None:
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in model.parameters())
+        layers = [name for name, _ in lora_layers(model)]
+        logger.info(
+            "LoRA: r=%d alpha=%s on %d linear layers; %s of %s parameters train (%.2f%%)",
+            self.dim, self.alpha, len(layers), f"{trainable:,}", f"{total:,}", 100 * trainable / total,
+        )  # fmt: skip
+        reasons: dict[str, list[str]] = {}
+        for name, reason in skipped.items():
+            reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            count = sum(_numel(model, name) for name in names)
+            logger.warning(
+                "LoRA: NOT adapted (frozen): %s, %.0f%% of the model's parameters: %s",
+                summarize(names), 100 * count / total, reason,
+            )  # fmt: skip
+
+
+def reset_adapters(model: nn.Module) -> None:
+    """Set every adapter of ``model`` to its start (the model then computes what the base does).
+
+    For a model that was adapted on the meta device: call it once its base weights are loaded. One seed is drawn from
+    torch's CPU generator, rank 0's on every rank.
+    """
+    seed = torch.randint(2**62, (1,))
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        shared = [int(seed)]
+        torch.distributed.broadcast_object_list(shared, src=0)
+        seed = torch.tensor(shared)
+    generator = torch.Generator().manual_seed(int(seed))
+    for _, layer in lora_layers(model):
+        layer.reset_adapter(generator)
+
+
+def load_adapter(model: nn.Module, directory: str | Path) -> PeftConfig:
+    """Put the PEFT adapter saved in ``directory`` on ``model``; returns the configuration it was read from.
+
+    A model without adapters gets them first; one that has them must have the same.
+
+    Raises:
+        CheckpointError: the directory is not a LoRA adapter, is damaged, or does not fit the model.
+    """
+    directory = Path(directory)
+    saved, tensors = read_adapter_config(directory), read_adapter_tensors(directory)
+    config = PeftConfig(
+        target_modules=adapted_names(tensors),
+        dim=saved["r"],
+        alpha=saved["lora_alpha"],
+        dropout=saved.get("lora_dropout", 0.0),
+        use_dora=saved.get("use_dora", False),
+    )
+    if not any(True for _ in lora_layers(model)):
+        config.apply(model)
+    scales = {layer.lora_scale for _, layer in lora_layers(model)}
+    if scales != {config.scale}:
+        raise ModelError(
+            f"{directory}: its adapter is scaled by alpha/r = {config.alpha}/{config.dim}, "
+            f"the model's by {scales.pop()}; set peft.dim and peft.alpha to the adapter's"
+        )
+    load_tensors(model, tensors, directory)
+    return config
+
+
+def _numel(model: nn.Module, name: str) -> int:
+    owner, _, last = name.rpartition(".")
+    found = getattr(model.get_submodule(owner), last)
+    return found.numel() if isinstance(found, torch.Tensor) else sum(p.numel() for p in found.parameters())
+
+
+def _as_list(value: list[str] | str | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"peft.{key}={value!r}: must be one of {', '.join(allowed)}")
+
+
+def _parse_dtype(value: str | torch.dtype | None) -> torch.dtype:
+    if value is None:
+        return torch.float32
+    if isinstance(value, torch.dtype):
+        return value
+    dtype = getattr(torch, value.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"peft.lora_dtype={value!r}: must be float32, bfloat16 or float16")
+    return dtype
+
+
+__all__ = ["LoRALinear", "PeftConfig", "load_adapter", "reset_adapters"]

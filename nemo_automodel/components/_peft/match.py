@@ -1,0 +1,210 @@
+"""Which modules a LoRA run adapts: names and patterns -> linear layers, with nothing left out in silence."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from nemo_automodel.errors import ModelError
+
+_WILDCARDS = set("*?[")
+
+
+@dataclass
+class Selection:
+    """The linear layers to adapt, by name, and what a user might expect among them but is not, with the reason."""
+
+    targets: dict[str, nn.Module]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def name_matches(pattern: str, name: str) -> bool:
+    """Whether ``pattern`` selects module ``name``.
+
+    A pattern without wildcards is a whole name (``model.layers.3.mlp.down_proj``) or its last parts (``q_proj``,
+    ``mlp.down_proj``). With ``*``, ``?`` or ``[...]`` it is matched the same way, ``*`` spanning dots
+    (``*.layers.0.*.q_proj``).
+    """
+    if _WILDCARDS & set(pattern):
+        return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+    return name == pattern or name.endswith(f".{pattern}")
+
+
+def select_modules(model: nn.Module, patterns: list[str], exclude: list[str], match_all_linear: bool) -> Selection:
+    """Resolve ``patterns`` (or every linear layer but the output head) minus ``exclude`` over ``model``.
+
+    Raises:
+        ModelError: a pattern that selects nothing, an explicitly named module that LoRA cannot adapt, or an empty
+            result. The message lists the names there are.
+    """
+    linears, skipped = _linear_modules(model)
+    _require_each_matches(model, exclude, "peft.exclude_modules", linears)
+    if match_all_linear:
+        candidates = set(linears) - _output_heads(model, linears)
+    else:
+        _require_each_matches(model, patterns, "peft.target_modules", linears)
+        named = {name for name in [*linears, *skipped] if any(name_matches(p, name) for p in patterns)}
+        excluded = {name for name in named if any(name_matches(p, name) for p in exclude)}
+        _refuse({name: skipped[name] for name in named - excluded if name in skipped})
+        candidates, skipped = named, {}
+
+    for name, reason in _tied_modules(model, linears).items():
+        if name not in candidates or any(name_matches(p, name) for p in exclude):
+            continue
+        if not match_all_linear:
+            _refuse({name: reason})
+        candidates.discard(name)
+        skipped[name] = reason
+
+    targets = {n: m for n, m in linears.items() if n in candidates and not any(name_matches(p, n) for p in exclude)}
+    if not targets:
+        raise ModelError(
+            "peft: no linear layer is left to adapt; name some in peft.target_modules or shorten "
+            f"peft.exclude_modules. Linear layers of this model: {_suffixes(linears)}"
+        )
+    if match_all_linear:
+        skipped.update(_fused_experts(model))
+    return Selection(targets, {n: r for n, r in skipped.items() if not any(name_matches(p, n) for p in exclude)})
+
+
+def summarize(names: Iterable[str]) -> str:
+    """Names with their layer numbers folded: ``model.layers.*.mlp.experts.down_proj (x32)``, comma separated."""
+    counts: dict[str, int] = {}
+    for name in names:
+        folded = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+        counts[folded] = counts.get(folded, 0) + 1
+    return ", ".join(name if n == 1 else f"{name} (x{n})" for name, n in counts.items())
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is transformers' ``Conv1D`` (GPT-2): a linear layer whose weight is ``[in, out]``."""
+    weight = getattr(module, "weight", None)
+    features = getattr(module, "nf", None)
+    return features is not None and weight is not None and weight.ndim == 2 and weight.shape[1] == features
+
+
+def _linear_modules(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Every linear layer that can carry an adapter, and those that look like one but cannot, with the reason."""
+    linears: dict[str, nn.Module] = {}
+    skipped: dict[str, str] = {}
+    inside_attention: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            inside_attention.update(id(child) for child in module.modules())
+        if not isinstance(module, nn.Linear) and not is_transposed_linear(module):
+            continue
+        if id(module) in inside_attention:
+            skipped[name] = "torch.nn.MultiheadAttention uses its weight without calling the layer"
+        elif "forward" in module.__dict__:
+            skipped[name] = "its forward is replaced on the instance, which would bypass the adapter"
+        elif not _computes_a_linear_map(module):
+            skipped[name] = f"{type(module).__name__}.forward does not map [..., in] to one [..., out] tensor"
+        else:
+            linears[name] = module
+    return linears, skipped
+
+
+def _computes_a_linear_map(module: nn.Module) -> bool:
+    """Probe a subclass with its own ``forward`` on the meta device: routers, say, are Linears that return tuples."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    n_out, n_in = reversed(weight.shape) if is_transposed_linear(module) else weight.shape
+    parameters = {n: torch.empty_like(p, device="meta") for n, p in module.named_parameters()}
+    x = torch.empty(1, 2, n_in, dtype=weight.dtype, device="meta")
+    try:
+        with torch.no_grad():
+            y = torch.func.functional_call(module, parameters, (x,))
+    except Exception:  # whatever such a forward raises on a plain [..., in] tensor, it is not a plain linear layer
+        return False
+    return isinstance(y, torch.Tensor) and y.shape == (1, 2, n_out)
+
+
+def _output_heads(model: nn.Module, linears: dict[str, nn.Module]) -> set[str]:
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    return {name for name, module in linears.items() if module is head}
+
+
+def _tied_modules(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, str]:
+    """Linear layers whose weight another module owns too: a merged adapter would change both."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    tied: dict[str, str] = {}
+    for name, module in linears.items():
+        others = [other for other in owners[id(module.weight)] if other != name]
+        if others:
+            tied[name] = f"its weight is tied to {others[0]}, and merging the adapter would change both"
+    config: Any = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(text_config, "tie_word_embeddings", False):
+        for name in _output_heads(model, linears) - set(tied):
+            tied[name] = "the config ties it to the input embeddings, and merging the adapter would change both"
+    return tied
+
+
+def _fused_experts(model: nn.Module) -> dict[str, str]:
+    """Stacked expert weights ``[experts, in, out]``, which hold most of a mixture of experts and are no modules."""
+    fused: dict[str, str] = {}
+    for module_name, module in model.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3 and min(parameter.shape) > 1:
+                fused[f"{module_name}.{name}"] = f"stacked expert weights ({parameter.shape[0]} experts in one tensor)"
+    return fused
+
+
+def _require_each_matches(model: nn.Module, patterns: list[str], key: str, linears: dict[str, nn.Module]) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for pattern in patterns:
+        if any(name_matches(pattern, name) for name in linears):
+            continue
+        fused = [name for name in _fused_experts(model) if name_matches(pattern, name)]
+        if fused:
+            raise ModelError(
+                f"{key}: {pattern!r} names {summarize(fused)}, stacked expert weights that LoRA cannot adapt; "
+                f"name linear layers: {_suffixes(linears)}"
+            )
+        others = [name for name in names if name_matches(pattern, name)]
+        if any(isinstance(m, nn.Linear) or is_transposed_linear(m) for n, m in model.named_modules() if n in others):
+            continue  # linear, but not adaptable: the caller says why
+        if others:
+            kind = type(model.get_submodule(others[0])).__name__
+            raise ModelError(
+                f"{key}: {pattern!r} matches {others[0]}, a {kind}, but no linear layer; "
+                f"name linear layers: {_suffixes(linears)}"
+            )
+        raise ModelError(
+            f"{key}: {pattern!r} matches no module{_did_you_mean(pattern, linears)}. "
+            f"Linear layers of this model: {_suffixes(linears)}"
+        )
+
+
+def _refuse(reasons: dict[str, str]) -> None:
+    if reasons:
+        name, reason = next(iter(reasons.items()))
+        raise ModelError(
+            f"peft.target_modules: {name} cannot be adapted: {reason}. "
+            f"Take it out of peft.target_modules, or add it to peft.exclude_modules"
+        )
+
+
+def _suffixes(linears: dict[str, nn.Module]) -> str:
+    return ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in linears)) or "none"
+
+
+def _did_you_mean(pattern: str, linears: dict[str, nn.Module]) -> str:
+    names = list(linears) if "." in pattern else list({name.rsplit(".", 1)[-1] for name in linears})
+    close = difflib.get_close_matches(pattern, names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,139 @@
+"""The three Triton kernels of the low-rank path: narrow products that only move memory, so each reads its big input once.
+
+T tokens, F features (K in, N out of the layer), R = rank padded to a power of two >= 16 (the least a tile may be).
+Factors are read in their own dtype (fp32 masters) and rounded to the activation's as they enter the product.
+Imported only where it is launched, so that a machine without Triton can import everything else.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _shrink(x_ptr, v_ptr, u_ptr, T, F, rank, scale, stride_x, stride_vf, stride_vr,
+            R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """u[T, rank] = scale * x[T, F] @ v[F, rank], one program per BLOCK_T rows."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    ranks = tl.arange(0, R)
+    features = tl.arange(0, BLOCK_F)
+    acc = tl.zeros((BLOCK_T, R), tl.float32)
+    for start in range(0, F, BLOCK_F):
+        cols = start + features
+        x = tl.load(x_ptr + rows[:, None] * stride_x + cols[None, :],
+                    mask=(rows[:, None] < T) & (cols[None, :] < F), other=0.0)  # fmt: skip
+        v = tl.load(v_ptr + cols[:, None] * stride_vf + ranks[None, :] * stride_vr,
+                    mask=(cols[:, None] < F) & (ranks[None, :] < rank), other=0.0)  # fmt: skip
+        acc = tl.dot(x, v.to(x.dtype), acc, input_precision=PRECISION)
+    tl.store(u_ptr + rows[:, None] * rank + ranks[None, :], (acc * scale).to(u_ptr.dtype.element_ty),
+             mask=(rows[:, None] < T) & (ranks[None, :] < rank))  # fmt: skip
+
+
+@triton.jit
+def _expand(u_ptr, v_ptr, bias_ptr, y_ptr, T, F, rank, scale, stride_y, stride_vf, stride_vr,
+            HAS_BIAS: tl.constexpr, ADD: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr,
+            BLOCK_F: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """y[T, F] = scale * u[T, rank] @ v[rank, F] (+ bias[F]) (+ y where ADD)."""
+    rows = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    cols = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    ranks = tl.arange(0, R)
+    u = tl.load(u_ptr + rows[:, None] * rank + ranks[None, :],
+                mask=(rows[:, None] < T) & (ranks[None, :] < rank), other=0.0)  # fmt: skip
+    v = tl.load(v_ptr + ranks[:, None] * stride_vr + cols[None, :] * stride_vf,
+                mask=(ranks[:, None] < rank) & (cols[None, :] < F), other=0.0)  # fmt: skip
+    y = tl.dot(u, v.to(u.dtype), input_precision=PRECISION) * scale
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + cols, mask=cols < F, other=0.0).to(tl.float32)[None, :]
+    y_ptrs = y_ptr + rows[:, None] * stride_y + cols[None, :]
+    inside = (rows[:, None] < T) & (cols[None, :] < F)
+    if ADD:
+        y += tl.load(y_ptrs, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gradient(u_ptr, z_ptr, g_ptr, T, F, rank, scale, rows_per_split, stride_z, stride_gs, stride_gf, stride_gr,
+              R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """g[split, rank, F] = scale * u[rows of split, rank]^T @ z[rows of split, F], in fp32."""
+    cols = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    split = tl.program_id(1).to(tl.int64)
+    ranks = tl.arange(0, R)
+    first = split * rows_per_split
+    last = tl.minimum(first + rows_per_split, T)
+    acc = tl.zeros((R, BLOCK_F), tl.float32)
+    for start in range(0, rows_per_split, BLOCK_T):
+        rows = first + start + tl.arange(0, BLOCK_T)
+        u = tl.load(u_ptr + rows[None, :] * rank + ranks[:, None],
+                    mask=(rows[None, :] < last) & (ranks[:, None] < rank), other=0.0)  # fmt: skip
+        z = tl.load(z_ptr + rows[:, None] * stride_z + cols[None, :],
+                    mask=(rows[:, None] < last) & (cols[None, :] < F), other=0.0)  # fmt: skip
+        acc = tl.dot(u, z, acc, input_precision=PRECISION)
+    g_ptrs = g_ptr + split * stride_gs + ranks[:, None] * stride_gr + cols[None, :] * stride_gf
+    tl.store(g_ptrs, acc * scale, mask=(ranks[:, None] < rank) & (cols[None, :] < F))
+
+
+def shrink(x: torch.Tensor, v: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """``scale * x @ v`` for ``x [T, F]`` with contiguous rows and ``v [F, r]`` of any strides -> ``[T, r]``."""
+    (tokens, features), rank = x.shape, v.shape[1]
+    u = torch.empty(tokens, rank, dtype=x.dtype, device=x.device)
+    block_t = 64 if tokens >= 8192 else 32 if tokens >= 4096 else 16  # about one program per multiprocessor
+    padded = _padded_rank(rank)
+    block_f, stages = (128, 4) if padded <= 32 else (64, 3)
+    _shrink[(triton.cdiv(tokens, block_t),)](
+        x, v, u, tokens, features, rank, scale, x.stride(0), v.stride(0), v.stride(1),
+        R=padded, BLOCK_T=block_t, BLOCK_F=block_f, PRECISION=_precision(x), num_warps=4, num_stages=stages,
+    )  # fmt: skip
+    return u
+
+
+def expand(
+    u: torch.Tensor,
+    v: torch.Tensor,
+    y: torch.Tensor,
+    scale: float = 1.0,
+    bias: torch.Tensor | None = None,
+    add: bool = False,
+) -> None:
+    """Write ``scale * u @ v + bias`` to ``y [T, F]`` (or add it there), for ``u [T, r]``, ``v [r, F]`` of any strides."""
+    tokens, features = y.shape
+    rank = u.shape[1]
+    padded = _padded_rank(rank)
+    block_t, block_f = 64, 128
+    _expand[(triton.cdiv(features, block_f), triton.cdiv(tokens, block_t))](
+        u, v, bias, y, tokens, features, rank, scale, y.stride(0), v.stride(1), v.stride(0),
+        HAS_BIAS=bias is not None, ADD=add, R=padded, BLOCK_T=block_t, BLOCK_F=block_f, PRECISION=_precision(u),
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
+
+
+def gradient(u: torch.Tensor, z: torch.Tensor, scale: float = 1.0, transposed: bool = False) -> torch.Tensor:
+    """``scale * u^T @ z`` in fp32 for ``u [T, r]`` and ``z [T, F]`` -> ``[r, F]``, or ``[F, r]`` where ``transposed``.
+
+    Tokens are split over programs by shape alone and the parts added in order, so the result is deterministic.
+    """
+    (tokens, features), rank = z.shape, u.shape[1]
+    padded = _padded_rank(rank)
+    block_t, block_f = 64, 128
+    columns = triton.cdiv(features, block_f)
+    splits = max(1, min(512 // columns, tokens // (4 * block_t)))
+    rows_per_split = triton.cdiv(triton.cdiv(tokens, splits), block_t) * block_t
+    splits = triton.cdiv(tokens, rows_per_split)
+    shape = (splits, features, rank) if transposed else (splits, rank, features)
+    parts = torch.empty(shape, dtype=torch.float32, device=z.device)
+    stride_f, stride_r = (parts.stride(1), parts.stride(2)) if transposed else (parts.stride(2), parts.stride(1))
+    _gradient[(columns, splits)](
+        u, z, parts, tokens, features, rank, scale, rows_per_split, z.stride(0), parts.stride(0), stride_f, stride_r,
+        R=padded, BLOCK_T=block_t, BLOCK_F=block_f, PRECISION=_precision(z), num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return parts[0] if splits == 1 else parts.sum(0)
+
+
+def _padded_rank(rank: int) -> int:
+    return max(16, triton.next_power_of_2(rank))
+
+
+def _precision(x: torch.Tensor) -> str:
+    """fp32 runs in full fp32: TF32 would cost it half its digits for products that only wait for memory anyway."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
