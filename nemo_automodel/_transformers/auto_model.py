@@ -1,0 +1,209 @@
+"""The autoclasses: a Hugging Face model, loaded, adapted, compiled and sharded, still of its own class.
+
+Order: load -> LoRA -> compile each block -> shard. One function, ``_assemble``, is that order.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from nemo_automodel._transformers import compat, loading
+from nemo_automodel._transformers.blocks import find_blocks
+from nemo_automodel._transformers.mixin import adopt
+from nemo_automodel._transformers.packing import require_packing
+from nemo_automodel.components.attention import function as attention_function
+from nemo_automodel.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+
+class _NeMoAutoModel:
+    """What the autoclasses share; ``_auto_class`` is transformers' own one for the task."""
+
+    _auto_class: Any
+
+    def __init__(self) -> None:
+        name = type(self).__name__
+        raise ModelError(f"{name} is not built directly: use {name}.from_pretrained(...) or {name}.from_config(...)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str,
+        *,
+        dtype: str = "bfloat16",
+        master_dtype: str = "float32",
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        peft: Any = None,
+        distributed: Any = None,
+        compile: Any = None,
+        packed: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a checkpoint from the Hub or a local directory, and get it ready to train.
+
+        Args:
+            pretrained_model_name_or_path: a Hub model ID or a local directory.
+            dtype: what the model computes in: bfloat16, float16, float32, or auto (the checkpoint's own).
+                ``torch_dtype`` is understood too.
+            master_dtype: what trainable weights are kept in; used with ``distributed`` and without ``peft`` only.
+            attn_implementation: None is ours where the model allows it; else a name that transformers knows.
+            revision: branch, tag or commit on the Hub.
+            trust_remote_code: run the model code that the repository brings.
+            peft: a ``PeftConfig``, or None for all weights.
+            distributed: a ``DistributedManager``, or None to stay on one device, unsharded.
+            compile: a ``CompileConfig``, or None not to compile.
+            packed: batches will be packed; refused for models whose layers would mix documents.
+            **kwargs: further arguments of transformers' ``from_pretrained`` and overrides of the config.
+
+        Returns:
+            The transformers model (``LlamaForCausalLM``, ...). Passing ``labels`` to it gives a loss without logits
+            (``outputs.logits`` is then None); ``generate`` also takes strings.
+
+        Raises:
+            ModelError: the model cannot be found, read or trained as asked; the message says what to do.
+        """
+        compute, stored = _dtypes(kwargs.pop("torch_dtype", None) or dtype, master_dtype, distributed, peft)
+        source = {"revision": revision, "trust_remote_code": trust_remote_code}
+        name = str(pretrained_model_name_or_path)
+        config = loading.load_config(name, **source, **kwargs)
+        compute = compute or loading.own_dtype(config) or torch.float32
+        model = loading.load_weights(
+            cls._auto_class,
+            name,
+            config,
+            dtype=stored or compute,
+            device=_device(distributed),
+            attn_implementation=attn_implementation,
+            **source,
+            **kwargs,
+        )
+        model.__dict__["_automodel_source"] = source
+        model.export_dtype = loading.own_dtype(config) or compute  # type: ignore[assignment]
+        return _assemble(model, compute, attn_implementation, peft, distributed, compile, packed)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Any,
+        *,
+        dtype: str = "bfloat16",
+        master_dtype: str = "float32",
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        peft: Any = None,
+        distributed: Any = None,
+        compile: Any = None,
+        packed: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Build a model with fresh weights; the same on every rank and for every number of ranks.
+
+        Args:
+            config: a transformers config, a mapping with ``model_type`` and the fields to set, or the Hub ID or
+                directory of a config.
+            dtype: as in ``from_pretrained``.
+            master_dtype: as in ``from_pretrained``.
+            attn_implementation: as in ``from_pretrained``.
+            revision: as in ``from_pretrained``, where ``config`` is a Hub ID.
+            trust_remote_code: as in ``from_pretrained``.
+            peft: as in ``from_pretrained``.
+            distributed: as in ``from_pretrained``.
+            compile: as in ``from_pretrained``.
+            packed: as in ``from_pretrained``.
+            **kwargs: overrides of the config's fields.
+
+        Raises:
+            ModelError: the config is not one of a model of this kind.
+        """
+        compute, stored = _dtypes(kwargs.pop("torch_dtype", None) or dtype, master_dtype, distributed, peft)
+        source = {"revision": revision, "trust_remote_code": trust_remote_code}
+        built = loading.build_config(config, **source, **kwargs)
+        compute = compute or loading.own_dtype(built) or torch.float32
+        model = loading.initialize(
+            cls._auto_class,
+            built,
+            dtype=stored or compute,
+            device=_device(distributed),
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+        model.export_dtype = compute  # type: ignore[assignment]
+        return _assemble(model, compute, attn_implementation, peft, distributed, compile, packed)
+
+
+class NeMoAutoModelForCausalLM(_NeMoAutoModel):
+    """Any causal language model of the Hub."""
+
+    _auto_class = AutoModelForCausalLM
+
+
+class NeMoAutoModelForImageTextToText(_NeMoAutoModel):
+    """Any vision-language model of the Hub that writes text."""
+
+    _auto_class = AutoModelForImageTextToText
+
+
+def _assemble(
+    model: PreTrainedModel,
+    compute_dtype: torch.dtype,
+    attn_implementation: str | None,
+    peft: Any,
+    distributed: Any,
+    compile: Any,
+    packed: bool,
+) -> Any:
+    model = adopt(model)
+    _choose_attention(model, attn_implementation)
+    if packed:
+        require_packing(model)
+    if peft is not None:
+        model = peft.apply(model) or model
+    blocks = find_blocks(model)
+    if compile is not None:
+        compile.apply(blocks, next(model.parameters()).device)
+    if distributed is not None:
+        model = distributed.parallelize(model, blocks, compute_dtype)
+    return model
+
+
+def _choose_attention(model: PreTrainedModel, asked: str | None) -> None:
+    if asked is not None and asked != attention_function.NAME:
+        return
+    name = attention_function.register()
+    if compat.attention_is_pluggable(model):
+        model.set_attn_implementation(name)
+    elif asked is not None:
+        raise ModelError(
+            f"model.attn_implementation={asked}: {type(model).__name__} does not take its attention from "
+            f"transformers' registry; leave attn_implementation out"
+        )
+    else:
+        logger.warning(
+            "%s: trained with its own attention (%s), padded, because it takes none from transformers' registry",
+            type(model).__name__,
+            compat.attention_name(model),
+        )
+
+
+def _dtypes(
+    dtype: str | torch.dtype, master_dtype: str | torch.dtype, distributed: Any, peft: Any
+) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """(what to compute in, None for auto; what to keep weights in, None for the same)."""
+    compute = None if dtype == "auto" else loading.parse_dtype("dtype", dtype)
+    master = loading.parse_dtype("master_dtype", master_dtype)
+    return compute, master if distributed is not None and peft is None else None
+
+
+def _device(distributed: Any) -> torch.device:
+    return torch.device("cpu") if distributed is None else torch.device(distributed.device)
+
+
+__all__ = ["NeMoAutoModelForCausalLM", "NeMoAutoModelForImageTextToText"]

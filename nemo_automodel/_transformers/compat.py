@@ -1,0 +1,70 @@
+"""Every private name of transformers that this package relies on, one function each; tests run them on each version."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+
+def unsplittable_class_names(model: nn.Module) -> set[str]:
+    """Class names of the blocks that must stay whole (``_no_split_modules`` of the model and its parts)."""
+    names: set[str] = set()
+    for module in model.modules():
+        names.update(getattr(module, "_no_split_modules", None) or ())
+    return names
+
+
+def attention_is_pluggable(model: nn.Module) -> bool:
+    """Whether every text part of ``model`` takes its attention from the registry and knows a kernel-style one.
+
+    A model that transformers itself can only run with its eager attention may put things into the scores that a
+    kernel knows nothing of, so it counts as not pluggable.
+    """
+    return (
+        isinstance(model, PreTrainedModel)
+        and model._can_set_attn_implementation()
+        and bool(model._supports_sdpa or model._supports_flash_attn)
+    )
+
+
+def attention_name(model: nn.Module) -> str:
+    """The attention implementation in use, as transformers names it."""
+    config = getattr(model, "config", None)
+    return str(getattr(config and config.get_text_config(), "_attn_implementation", None))
+
+
+def calls_loss_function(model_class: type) -> bool:
+    """Whether the class's forward computes its loss by ``self.loss_function`` (nearly all do; the rest by hand)."""
+    try:
+        return "self.loss_function(" in inspect.getsource(inspect.unwrap(model_class.forward))  # type: ignore[attr-defined]
+    except (OSError, TypeError):
+        return False
+
+
+def passes_window(model: nn.Module) -> bool:
+    """Whether sliding windows reach the attention function as an argument, and mean what they say.
+
+    Models written for flash attention pass it; chunked attention is masked otherwise.
+    """
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if isinstance(config, PretrainedConfig) else None
+    if text is None or getattr(text, "attention_chunk_size", None):
+        return False
+    return bool(getattr(model, "_supports_flash_attn", False))
+
+
+def model_class_for(auto_class: Any, config: PretrainedConfig) -> type | None:
+    """The class that ``auto_class`` would build for ``config``, None where transformers has none."""
+    mapping = auto_class._model_mapping
+    if type(config) not in mapping:
+        return None
+    found = mapping[type(config)]
+    return found[0] if isinstance(found, (tuple, list)) else found
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Whether the model's forward has ``position_ids``."""
+    return "position_ids" in inspect.signature(type(model).forward).parameters

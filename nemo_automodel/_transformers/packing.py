@@ -1,0 +1,45 @@
+"""Whether a model keeps packed documents apart: decided by what its layers are, never by its name."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from nemo_automodel._transformers import compat
+from nemo_automodel.errors import ModelError
+
+_KEEPS_DOCUMENTS_APART = {"full_attention", "sliding_attention", "chunked_attention"}
+_FIX = "write packed_sequence.packed_sequence_size: 0 to train it padded"
+
+
+def require_packing(model: nn.Module) -> None:
+    """Raise ModelError, with the reason, where packed documents would see each other in ``model``."""
+    name = type(model).__name__
+    if compat.attention_name(model) != "automodel":
+        raise ModelError(
+            f"packed_sequence: {name} runs its own attention ({compat.attention_name(model)}), which would let packed "
+            f"documents attend to each other; {_FIX}"
+        )
+    if mixing := _mixing_layers(model):
+        raise ModelError(
+            f"packed_sequence: {name} has layers that carry state from token to token without attention ({mixing}), "
+            f"so packed documents would leak into each other; {_FIX}"
+        )
+    if not compat.takes_positions(model):
+        raise ModelError(
+            f"packed_sequence: {name} takes no position_ids, so positions would not restart at each packed document; {_FIX}"
+        )
+
+
+def _mixing_layers(model: nn.Module) -> str:
+    """The non-attention layer kinds of ``model`` that mix tokens, as text; empty where there are none."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if isinstance(config, PretrainedConfig) else None
+    kinds = {str(kind) for kind in getattr(text, "layer_types", None) or ()}
+    found = sorted(kinds - _KEEPS_DOCUMENTS_APART)
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    for path, module in decoder.named_modules():
+        if isinstance(module, nn.Conv1d) or hasattr(module, "A_log") or hasattr(module, "ssm_state_size"):
+            found.append(f"{path}: {type(module).__name__}")
+            break
+    return ", ".join(found)

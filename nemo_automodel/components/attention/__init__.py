@@ -1,0 +1,1 @@
+"""The attention function that models train with."""

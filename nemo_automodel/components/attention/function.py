@@ -1,0 +1,180 @@
+"""One attention function for every model that takes attention from transformers' registry: dense, packed, windowed.
+
+``register()`` adds it under the name ``automodel``. Whatever it has no fast path for goes to transformers' own SDPA
+function or to the written-out formula, so that it is right for every argument a model may pass: a 4D mask, a sliding
+window, a soft-cap, attention sinks, dropout, a KV cache.
+
+Shape legend: B batch, H query heads, G key/value heads, S query length, K key length, E head size, D documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import and_masks, sdpa_mask
+
+from nemo_automodel.components.attention.layout import current_layout
+from nemo_automodel.components.attention.varlen import packed_attention, window_attention
+
+NAME = "automodel"
+
+
+def register() -> str:
+    """Make the function known to transformers (any number of times) and return its name."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, attention_mask)
+    return NAME
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention with transformers' calling convention.
+
+    ``query`` [B, H, S, E], ``key`` and ``value`` [B, G, K, E]; returns [B, S, H, E] and None for the weights.
+    ``attention_mask`` None means causal (where ``is_causal``, else the module, says so), within documents
+    ``cu_seq_lens_q`` [D+1] if given and within ``sliding_window`` keys, the query's own included.
+    A 4D ``attention_mask`` (bool, or additive float) says everything by itself: windows and documents are in it.
+    """
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    length = query.shape[2]
+    if softcap is not None or s_aux is not None:
+        if attention_mask is None:
+            attention_mask = _written_mask(length, key.shape[2], causal, sliding_window, cu_seq_lens_q, query.device)
+        out = written_out_attention(query, key, value, attention_mask, dropout, scaling, softcap, s_aux)
+        return out.transpose(1, 2).contiguous(), None
+    if attention_mask is not None or length != key.shape[2] or kwargs.get("position_bias") is not None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+    if cu_seq_lens_q is not None:
+        longest = max_length_q or length
+        out = packed_attention(
+            query, key, value, cu_seq_lens_q, longest, dropout, scaling, causal, _window(sliding_window, longest)
+        )
+    elif causal and (window := _window(sliding_window, length)):
+        out = window_attention(query, key, value, dropout, scaling, window)
+    else:
+        gqa = query.shape[1] != key.shape[1]
+        out = F.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=bool(causal) and length > 1, scale=scaling, enable_gqa=gqa
+        )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Any],
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The 4D mask a model asks for, or None where ``attention`` needs none.
+
+    None is right for a batch whose layout was announced (``layout.announce``): plain causal rows, or packed documents,
+    without an overlay of the model's own. Everything else gets the real mask, documents included.
+    """
+    layout = current_layout()
+    if layout is not None and q_length == kv_length:
+        windowed = local_size is not None and local_size < q_length
+        if allow_is_causal_skip and (not windowed or layout.windows_as_argument):
+            return None
+        if layout.cu_seqlens is not None:
+            mask_function = and_masks(mask_function, _same_document(layout.cu_seqlens, q_length))
+            attention_mask, allow_is_causal_skip = None, False
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=allow_is_causal_skip,
+        **kwargs,
+    )
+
+
+def written_out_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """The formula itself, for what no kernel does: soft-capped scores, and ``sinks`` [H], a logit no value goes with.
+
+    Shapes as in ``attention``; returns [B, H, S, E]. Scores are made in the inputs' dtype and normalised in fp32.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.float()
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask[..., : key.shape[2]]
+    if sinks is not None:
+        sink = sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        weights = torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
+    else:
+        weights = scores.softmax(dim=-1)
+    return F.dropout(weights.to(query.dtype), p=dropout, training=dropout > 0) @ value
+
+
+def _window(sliding_window: int | None, length: int) -> int | None:
+    """The window where it cuts something off a sequence of ``length``, else None."""
+    return sliding_window if sliding_window and sliding_window < length else None
+
+
+def _written_mask(
+    q_length: int, k_length: int, causal: bool, window: int | None, cu_seqlens: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """Bool mask [1, 1, S, K], True where attention is allowed; None where everything is."""
+    if not causal and cu_seqlens is None:
+        return None
+    q = torch.arange(k_length - q_length, k_length, device=device)[:, None]
+    k = torch.arange(k_length, device=device)[None, :]
+    mask = k <= q if causal else torch.ones(q_length, k_length, dtype=torch.bool, device=device)
+    if causal and window:
+        mask = mask & (k > q - window)
+    if cu_seqlens is not None:
+        document = torch.bucketize(k[0], cu_seqlens, right=True)
+        mask = mask & (document[:, None] == document[None, :])
+    return mask[None, None]
+
+
+def _same_document(cu_seqlens: Tensor, length: int) -> Callable[..., Any]:
+    positions = torch.arange(length, device=cu_seqlens.device)
+    document = torch.bucketize(positions, cu_seqlens, right=True)
+
+    def inner(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return document[q_idx] == document[kv_idx]
+
+    return inner

@@ -1,0 +1,101 @@
+"""Attention within packed documents and within a sliding window, without a dense mask where a kernel allows.
+
+On CUDA in 16 bit, torch's variable-length flash attention; elsewhere one SDPA call a document.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # a torch built without it
+    varlen_attn = None
+
+_MAX_HEAD_SIZE = 256  # of the flash kernel behind varlen_attn
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    longest: int,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+) -> Tensor:
+    """Each document attends to itself only.
+
+    ``query`` [B, H, S, E], ``key`` and ``value`` [B, G, S, E]; ``cu_seqlens`` [D+1] boundaries along S of a batch of
+    one row; ``longest`` tokens of the longest document; ``window`` keys a query sees, its own included.
+    Returns [B, H, S, E]. Raises ValueError for more than one row.
+    """
+    if query.shape[0] != 1:
+        raise ValueError(f"packed attention takes one row that holds every document, not {query.shape[0]} rows")
+    if _has_kernel(query, key, value, dropout):
+        return _varlen(query, key, value, cu_seqlens, longest, scaling, causal, window)
+    lengths = torch.diff(cu_seqlens).tolist()
+    parts = []
+    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
+        if causal and window and q.shape[2] > window:
+            parts.append(window_attention(q, k, v, dropout, scaling, window))
+        else:
+            gqa = q.shape[1] != k.shape[1]
+            parts.append(
+                F.scaled_dot_product_attention(
+                    q, k, v, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=gqa
+                )
+            )
+    return torch.cat(parts, dim=2)
+
+
+def window_attention(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, window: int
+) -> Tensor:
+    """Causal attention to the last ``window`` keys, the query's own included; shapes as in ``packed_attention``."""
+    batch, _, length, _ = query.shape
+    if _has_kernel(query, key, value, dropout):
+        boundaries = torch.arange(0, (batch + 1) * length, length, device=query.device, dtype=torch.int32)
+        return _varlen(query, key, value, boundaries, length, scaling, True, window)
+    position = torch.arange(length, device=query.device)
+    behind = position[:, None] - position[None, :]
+    band = (behind >= 0) & (behind < window)
+    gqa = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=band, dropout_p=dropout, scale=scaling, enable_gqa=gqa
+    )
+
+
+def _has_kernel(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
+    return (
+        varlen_attn is not None
+        and query.is_cuda
+        and dropout == 0.0
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] == key.shape[-1] == value.shape[-1] <= _MAX_HEAD_SIZE
+        and query.shape[-1] % 8 == 0
+    )
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    longest: int,
+    scaling: float | None,
+    causal: bool,
+    window: int | None,
+) -> Tensor:
+    batch, heads, length, size = query.shape
+    tokens = [x.transpose(1, 2).reshape(batch * length, -1, size) for x in (query, key, value)]
+    span = (window - 1, 0) if window else (-1, 0 if causal else -1)
+    gqa = heads != key.shape[1]
+    out = varlen_attn(
+        *tokens, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=span, enable_gqa=gqa
+    )
+    return out.view(batch, length, heads, size).transpose(1, 2)
