@@ -54,7 +54,7 @@ class DataLoader:
         DataError: fewer rows than a global batch, a batch that does not divide, or a row that cannot be trained on.
     """
 
-    def __new__(cls, dataset: Any = None, **_: Any) -> DataLoader:
+    def __new__(cls, dataset: Any = None, *_: Any, **__: Any) -> DataLoader:
         """Return None for no dataset (see ``dataset``)."""
         return super().__new__(cls) if dataset is not None else None  # type: ignore[return-value]
 
@@ -172,7 +172,9 @@ class DataLoader:
             raise AutoModelError(
                 f"a data worker stopped: {str(error).splitlines()[0]}; if it was killed for memory, set dataloader.num_workers=0"
             ) from error
-        if isinstance(batch, AutoModelError):  # sent as a value, because torch rewrites the text of a worker's exception
+        if isinstance(
+            batch, AutoModelError
+        ):  # sent as a value, because torch rewrites the text of a worker's exception
             raise batch
         return batch
 
@@ -230,7 +232,9 @@ class _MicroBatches:
         high = int(max(ids.max(), labels.max()))
         low = int(min(ids.min(), labels[labels != IGNORE_INDEX].min(initial=0)))
         if low < 0:
-            raise DataError(f"dataset row {index}: token id {low} is negative; a label that is not trained on is {IGNORE_INDEX}")
+            raise DataError(
+                f"dataset row {index}: token id {low} is negative; a label that is not trained on is {IGNORE_INDEX}"
+            )
         if self.vocab_size is not None and high >= self.vocab_size:
             raise DataError(
                 f"dataset row {index}: token id {high} is outside the tokenizer's vocabulary of {self.vocab_size}; "

@@ -1,0 +1,160 @@
+"""Conversations, in the forms in which they are passed around, rendered with the tokenizer's own chat template."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemo_automodel.components.datasets.chat_template import ChatRenderer, Message
+from nemo_automodel.components.datasets.rendering import Rendered
+from nemo_automodel.components.datasets.sources import field as column
+from nemo_automodel.components.datasets.sources import open_source
+from nemo_automodel.components.datasets.tokenized import TokenizedDataset, tokenize
+from nemo_automodel.errors import DataError
+
+_ROLE_OF = {  # ShareGPT's names -> the templates' names
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+_PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("input", "output"))
+
+
+def make_chat_dataset(
+    tokenizer: Any,
+    path_or_dataset_id: str | list[str],
+    split: str = "train",
+    messages_column: str = "messages",
+    train_on: str = "assistant",
+    tools_column: str = "tools",
+    seq_length: int | None = None,
+    limit_dataset_samples: int | None = None,
+    template_kwargs: dict[str, Any] | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+    num_proc: int | None = None,
+) -> TokenizedDataset:
+    """Conversations; what the assistant says (and its stop token) is learned.
+
+    Rows may be ``messages`` ([{role, content}]), ShareGPT ``conversations`` ([{from, value}]), Alpaca
+    (instruction, input, output), or a pair such as prompt and completion: the columns tell. A message with
+    ``weight: 0`` is not trained on.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a chat template.
+        path_or_dataset_id: local file(s), glob or directory, or a Hub ID.
+        split: split to read (default "train"); slices such as ``train[:1000]`` too.
+        messages_column: column of the conversation (default "messages").
+        train_on: "assistant" (default: every assistant turn), "last" (the last one) or "all" (every token).
+        tools_column: column of the tools offered, a list of JSON schemas or its JSON text (default "tools"); optional.
+        seq_length: tokens kept of a row, cut from the right; null (default) = all.
+        limit_dataset_samples: read only the first rows.
+        template_kwargs: variables for the template, e.g. ``{enable_thinking: false}``.
+        name: configuration (subset) of a Hub dataset.
+        revision: branch, tag or commit of a Hub dataset.
+        num_proc: processes that tokenise.
+
+    Raises:
+        DataError: no chat template, the data cannot be read, or the template refuses a conversation (names the row).
+    """
+    render = _Chat(tokenizer, messages_column, train_on, tools_column, template_kwargs or {})
+    source = open_source(path_or_dataset_id, split, name, revision).take(limit_dataset_samples)
+    return tokenize(source, tokenizer, render, seq_length, num_proc)
+
+
+def to_messages(row: dict[str, Any], where: str, messages_column: str = "messages") -> list[Message]:
+    """The conversation that ``row`` holds, as [{role, content, ...}].
+
+    Raises:
+        DataError: no known column, or a message without role or content.
+    """
+    for name in (messages_column, "conversations"):
+        if name in row:
+            turns = column(row, name, where, list)
+            return [_message(turn, f"{where}: {name}[{i}]") for i, turn in enumerate(turns)]
+    if "instruction" in row and "output" in row:
+        prompt = column(row, "instruction", where)
+        extra = row.get("input") or ""
+        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+        return [*system, *_pair(f"{prompt}\n\n{extra}" if extra else prompt, column(row, "output", where))]
+    for ask, answer in _PAIRS:
+        if ask in row and answer in row:
+            asked, answered = column(row, ask, where, (str, list)), column(row, answer, where, (str, list))
+            if isinstance(asked, list) and isinstance(answered, list):
+                return [_message(turn, where) for turn in [*asked, *answered]]
+            return _pair(column(row, ask, where), column(row, answer, where))
+    raise DataError(
+        f"{where}: no conversation found; there is {', '.join(map(repr, row)) or 'nothing'}. Expected {messages_column!r}, "
+        "'conversations', 'instruction' and 'output', or 'prompt' and 'completion'; set dataset.messages_column, or use "
+        "make_instruction_dataset with a column_mapping"
+    )
+
+
+def _pair(prompt: str, answer: str) -> list[Message]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def _message(turn: Any, where: str) -> Message:
+    if not isinstance(turn, dict):
+        raise DataError(f"{where}: a message must be an object with role and content, got {str(turn)[:60]!r}")
+    if "from" in turn and "value" in turn:
+        turn = {
+            **{k: v for k, v in turn.items() if k not in ("from", "value")},
+            "role": turn["from"],
+            "content": turn["value"],
+        }
+    role, content = turn.get("role"), turn.get("content")
+    if not isinstance(role, str):
+        raise DataError(
+            f"{where}: a message needs a role (such as user or assistant); it has {', '.join(turn) or 'nothing'}"
+        )
+    if not isinstance(content, str | list) and not (content is None and turn.get("tool_calls")):
+        raise DataError(f"{where}: content must be text, got {type(content).__name__}")
+    message = {**turn, "role": _ROLE_OF.get(role, role), "content": content if content is not None else ""}
+    if turn.get("tool_calls"):
+        message["tool_calls"] = [_call(call, where) for call in turn["tool_calls"]]
+    return message
+
+
+def _call(call: Any, where: str) -> Any:
+    """A tool call with its arguments as a mapping: templates write JSON themselves, and would quote a text again."""
+    inner = call.get("function", call) if isinstance(call, dict) else {}
+    if not isinstance(inner.get("arguments"), str):
+        return call
+    try:
+        inner = {**inner, "arguments": json.loads(inner["arguments"])}
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where}: tool call arguments are not valid JSON ({error.msg}): {inner['arguments'][:60]!r}"
+        ) from None
+    return {**call, "function": inner} if "function" in call else inner
+
+
+@dataclass
+class _Chat:
+    tokenizer: Any
+    messages_column: str
+    train_on: str
+    tools_column: str
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._renderer = ChatRenderer(self.tokenizer, self.train_on, self.template_kwargs)
+
+    def __call__(self, row: dict[str, Any], where: str) -> Rendered:
+        messages = to_messages(row, where, self.messages_column)
+        if not messages:
+            return Rendered("", (), complete=True)
+        tools = row.get(self.tools_column) or None
+        if isinstance(tools, str):
+            try:
+                tools = json.loads(tools)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{where}: column {self.tools_column!r} is not valid JSON ({error.msg})") from None
+        return self._renderer(messages, where, tools)

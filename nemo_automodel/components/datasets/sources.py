@@ -1,0 +1,328 @@
+"""Open rows from a local file, glob or directory, or from the Hub, and say exactly what is wrong where they are not.
+
+Local JSON and CSV rows are kept as the text they were: Arrow would give every nested mapping the keys of all others
+(filled with None), which chat templates render.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nemo_automodel.components.datasets.hub import hub_problem, with_retries
+from nemo_automodel.errors import DataError
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_SPLIT_WORDS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+_TEXT, _WHERE = "__json__", "__where__"  # columns of a dataset that holds rows as text
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows to be read, and what identifies them.
+
+    Args:
+        dataset: an Arrow table of rows; read a row of it with ``read``.
+        name: the path or Hub ID, as the user wrote it.
+        identity: changes whenever the content does (file hashes, or the Hub's commit).
+    """
+
+    dataset: datasets.Dataset
+    name: str
+    identity: str
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Row ``index`` as plain Python values."""
+        return read(self.dataset[index], index, self.name)[0]
+
+    def take(self, limit: int | None) -> Source:
+        """The first ``limit`` rows (all of them for None)."""
+        if limit is None or limit >= len(self.dataset):
+            return self
+        if limit < 1:
+            raise DataError(f"limit_dataset_samples={limit}: must be at least 1")
+        return Source(self.dataset.select(range(limit)), self.name, f"{self.identity}[:{limit}]")
+
+
+def read(raw: dict[str, Any], index: int, name: str) -> tuple[dict[str, Any], str]:
+    """A raw row of ``Source.dataset`` -> (the row, where it stands: "file:line" or "name row N").
+
+    Raises:
+        DataError: the row's text is not JSON, or not an object.
+    """
+    if _TEXT not in raw:
+        return {column: _without_none(value) for column, value in raw.items()}, f"{name} row {index}"
+    where = raw[_WHERE]
+    try:
+        row = json.loads(raw[_TEXT])
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno}): {raw[_TEXT][:60]!r}") from None
+    if not isinstance(row, dict):
+        raise DataError(f'{where}: expected a JSON object such as {{"question": "..."}}, got {_kind(row)}')
+    return row, where
+
+
+def field(row: dict[str, Any], column: str, where: str, kind: type | tuple[type, ...] = str) -> Any:
+    """``row[column]``, checked; raises DataError naming the columns there are, or the type found."""
+    if column not in row:
+        raise DataError(f"{where}: no column {column!r}; there is {', '.join(map(repr, row)) or 'nothing'}")
+    value = row[column]
+    if not isinstance(value, kind):
+        wanted = kind.__name__ if isinstance(kind, type) else " or ".join(k.__name__ for k in kind)
+        raise DataError(f"{where}: column {column!r} must be {wanted}, got {_kind(value)}: {str(value)[:60]!r}")
+    return value
+
+
+def open_source(
+    path_or_dataset_id: str | list[str], split: str = "train", name: str | None = None, revision: str | None = None
+) -> Source:
+    """Open local files (jsonl, json, csv, tsv, parquet; a path, glob, directory or list of them) or a Hub dataset.
+
+    Args:
+        path_or_dataset_id: what to open; a path that exists wins over a Hub ID.
+        split: which split (default "train"), slices such as ``train[:1000]`` or ``train[:10%]`` included. A directory
+            is split by the names of its files; a file is its own only split.
+        name: configuration of a Hub dataset (its subset).
+        revision: branch, tag or commit of a Hub dataset.
+
+    Raises:
+        DataError: nothing there, an unreadable file, an absent split, no rows, or the Hub refuses.
+    """
+    paths = [path_or_dataset_id] if isinstance(path_or_dataset_id, str) else list(path_or_dataset_id)
+    label = ", ".join(paths)
+    if len(paths) != 1 or _is_local(paths[0]):
+        source = _open_local(paths, label, split)
+    else:
+        source = _open_hub(paths[0], split, name, revision)
+    if not len(source.dataset):
+        raise DataError(f"{label}: zero rows in split {split!r}")
+    return source
+
+
+# --- local files ----------------------------------------------------------------------------------------------------
+def _is_local(path: str) -> bool:
+    if Path(path).expanduser().exists() or path.startswith((".", "/", "~")) or glob.has_magic(path):
+        return True
+    return path.lower().endswith(SUFFIXES) or path.count("/") > 1
+
+
+def _open_local(paths: list[str], label: str, split: str) -> Source:
+    root = Path(paths[0]).expanduser()
+    if len(paths) == 1 and ((root / "state.json").exists() or (root / "dataset_dict.json").exists()):
+        return _open_saved(root, label, split)
+    wanted, chosen = re.match(r"^\w*", split).group(), []  # type: ignore[union-attr]
+    for path in paths:
+        chosen += _files(path, wanted)
+    tables, digest = [], hashlib.sha256()
+    for file in chosen:
+        data = _bytes(file)
+        digest.update(hashlib.sha256(data).digest())
+        tables.append(_table(file, data))
+    try:
+        table = pa.concat_tables(tables, promote_options="default")
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{label}: the files have different columns ({error}); give files of one kind") from None
+    dataset = _slice(datasets.Dataset(table), split, wanted)
+    return Source(dataset, label, f"{digest.hexdigest()}:{split[len(wanted) :]}")
+
+
+def _files(path: str, split: str) -> list[Path]:
+    place = Path(path).expanduser()
+    if place.is_dir():
+        files = sorted(f for f in place.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+        if not files:
+            raise DataError(f"{path}: no data file in this directory (looked for {', '.join(SUFFIXES)})")
+        return _of_split(files, place, split)
+    if place.is_file():
+        return [place]
+    found = [Path(f) for f in sorted(glob.glob(str(place), recursive=True)) if Path(f).is_file()]
+    if not found:
+        what = "no file matches this pattern" if glob.has_magic(path) else "no such file or directory"
+        raise DataError(f"{path}: {what} (relative to {Path.cwd()})")
+    return found
+
+
+def _of_split(files: list[Path], root: Path, split: str) -> list[Path]:
+    by_split: dict[str, list[Path]] = {}
+    for file in files:
+        words = re.split(r"[^a-z]+", str(file.relative_to(root)).lower())
+        named = next((name for name, aliases in _SPLIT_WORDS.items() if set(words) & set(aliases)), None)
+        by_split.setdefault(named or (split if split in words else "train"), []).append(file)
+    key = next((name for name, aliases in _SPLIT_WORDS.items() if split in aliases), split)
+    if key not in by_split:
+        there = "; ".join(f"{name}: {', '.join(f.name for f in group)}" for name, group in by_split.items())
+        raise DataError(f"{root}: no split {split!r}; there is {there}")
+    return by_split[key]
+
+
+def _bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
+
+
+def _table(file: Path, data: bytes) -> pa.Table:
+    if file.suffix.lower() == ".parquet":
+        try:
+            return pq.read_table(pa.BufferReader(data))
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file}: not UTF-8 at byte {error.start}; convert it, e.g. `iconv -f latin1 -t utf-8 {file.name}`"
+        ) from None
+    kind = file.suffix.lower()
+    if kind in (".csv", ".tsv"):
+        rows = _csv_rows(file, text, "\t" if kind == ".tsv" else ",")
+    else:
+        rows = _json_rows(file, text) if kind == ".json" else _lines(file, text)
+    texts, places = [], []
+    for row, place in rows:
+        texts.append(row)
+        places.append(place)
+    return pa.table({_TEXT: pa.array(texts, pa.large_string()), _WHERE: pa.array(places, pa.large_string())})
+
+
+def _lines(file: Path, text: str) -> Iterator[tuple[str, str]]:
+    # Only "\n" ends a line: splitlines() would also cut at U+2028, which JSON strings may hold.
+    return ((line, f"{file}:{number}") for number, line in enumerate(text.split("\n"), 1) if line.strip())
+
+
+def _csv_rows(file: Path, text: str, delimiter: str) -> Iterator[tuple[str, str]]:
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise DataError(
+                    f"{file}:{reader.line_num}: a row must have the {len(reader.fieldnames or [])} columns of line 1"
+                )
+            yield json.dumps(row, ensure_ascii=False), f"{file}:{reader.line_num}"
+    except csv.Error as error:
+        raise DataError(f"{file}:{reader.line_num}: not valid CSV ({error})") from None
+
+
+def _json_rows(file: Path, text: str) -> Iterator[tuple[str, str]]:
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # one object a line, whatever the file is called
+            return _lines(file, text)
+        raise DataError(f"{file}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
+    rows = content.get("data", content) if isinstance(content, dict) else content
+    if isinstance(rows, dict) and len(text.strip().split("\n")) == 1:
+        rows = [rows]  # a JSONL file of one line
+    if not isinstance(rows, list):
+        raise DataError(f'{file}: expected a list of rows, or {{"data": [rows]}}; got {_kind(content)}')
+    if rows and isinstance(rows[0], dict) and "paragraphs" in rows[0]:
+        rows = list(_squad_rows(file, rows))
+    return ((json.dumps(row, ensure_ascii=False), f"{file} row {index}") for index, row in enumerate(rows))
+
+
+def _squad_rows(file: Path, articles: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The nested SQuAD release format, as the flat rows that ``rajpurkar/squad`` has on the Hub."""
+    try:
+        for article in articles:
+            for paragraph in article["paragraphs"]:
+                for qa in paragraph["qas"]:
+                    answers = qa["answers"]
+                    flat = {
+                        "text": [a["text"] for a in answers],
+                        "answer_start": [a.get("answer_start", -1) for a in answers],
+                    }
+                    yield {
+                        "id": qa.get("id"),
+                        "context": paragraph["context"],
+                        "question": qa["question"],
+                        "answers": flat,
+                    }
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{file}: not in SQuAD format: {error!r} is missing or of the wrong type") from None
+
+
+def _open_saved(root: Path, label: str, split: str) -> Source:
+    """A directory that ``save_to_disk`` wrote."""
+    wanted = re.match(r"^\w*", split).group()  # type: ignore[union-attr]
+    saved = datasets.load_from_disk(str(root))
+    if isinstance(saved, datasets.DatasetDict):
+        if wanted not in saved:
+            raise DataError(f"{label}: no split {wanted!r}; there is {', '.join(saved)}")
+        saved = saved[wanted]
+    return Source(_slice(saved, split, wanted), label, f"{_content_hash(saved)}:{split}")
+
+
+def _slice(dataset: datasets.Dataset, split: str, wanted: str) -> datasets.Dataset:
+    if split == wanted:
+        return dataset
+    try:
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute({wanted: len(dataset)})
+        return dataset.select([i for part in parts for i in range(len(dataset))[part.from_ : part.to]])
+    except (ValueError, AssertionError) as error:
+        raise DataError(f"split {split!r}: {error}; write e.g. {wanted}[:1000] or {wanted}[:10%]") from None
+
+
+# --- the Hub --------------------------------------------------------------------------------------------------------
+def _open_hub(repo: str, split: str, name: str | None, revision: str | None) -> Source:
+    what = f"dataset {repo!r}" + (f" (revision {revision!r})" if revision else "")
+    try:
+        dataset = with_retries(lambda: datasets.load_dataset(repo, name, split=split, revision=revision), what)
+    except Exception as error:
+        raise DataError(_dataset_problem(error, repo, what, split)) from error
+    return Source(dataset, repo, f"{repo}:{name}:{split}:{_content_hash(dataset)}")
+
+
+def _dataset_problem(error: Exception, repo: str, what: str, split: str) -> str:
+    text = " ".join(str(error).split())
+    if "Dataset scripts are no longer supported" in text or "trust_remote_code" in text:
+        return (
+            f"{what} is a script, which is code that would run here; use its parquet files instead: "
+            f"dataset.revision=refs/convert/parquet, or a copy of them on disk"
+        )
+    if match := re.search(r'Unknown split "?(.*?)"?\. Should be one of (\[.*?\])', text):
+        return f"{what}: no split {match[1]!r}; there is {match[2]}"
+    if match := re.search(r"(?:Please pick one among the available configs|Available): (\[.*?\])", text):
+        return f"{what}: its configurations are {match[1]}; set dataset.name to one of them"
+    if type(error).__name__ in ("DataFilesNotFoundError", "EmptyDatasetError"):
+        return f"{what}: no data files that can be read ({', '.join(SUFFIXES)})"
+    return hub_problem(error, what, f"datasets/{repo}")
+
+
+def _content_hash(dataset: datasets.Dataset) -> str:
+    """A hash of the rows themselves: file times and cache folders differ between machines, rows do not."""
+    digest = hashlib.sha256(str(dataset.features).encode())
+    for start in range(0, len(dataset), 10_000):
+        table = dataset.with_format("arrow")[start : start + 10_000].combine_chunks()
+        for batch in table.to_batches():
+            digest.update(batch.serialize().to_pybytes())
+    return digest.hexdigest()
+
+
+def _without_none(value: Any) -> Any:
+    """Mappings without the keys that Arrow filled with None because another row has them."""
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def _kind(value: Any) -> str:
+    return {dict: "an object", list: "a list", str: "a string", type(None): "null"}.get(
+        type(value), type(value).__name__
+    )
