@@ -165,7 +165,7 @@ def _assemble(
     if packed:
         require_packing(model)
     if peft is not None:
-        model = peft.apply(model) or model
+        peft.apply(model)
     blocks = find_blocks(model)
     if compile is not None:
         compile.apply(blocks, next(model.parameters()).device)
