@@ -1,0 +1,1 @@
+"""Benchmarks: each is one command, and each checks equality before it times."""

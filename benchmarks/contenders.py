@@ -1,0 +1,149 @@
+"""Who takes part in ``step.py``: each entry builds a model and says how one forward-backward and one clip are done.
+
+Peers run as their own documentation says, in bf16 throughout, with the same optimizer settings as ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.workloads import TARGETS, Workload, fill
+from nemo_automodel.types import Batch
+
+
+@dataclass
+class Contender:
+    """A model ready to train. ``forward_backward(batch)`` returns the mean loss, detached; ``clip()`` the norm."""
+
+    model: nn.Module
+    forward_backward: Callable[[Batch], torch.Tensor]
+    clip: Callable[[], torch.Tensor]
+    optimizer: torch.optim.Optimizer
+
+
+def _optimizer(model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    params = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(params, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda")
+
+
+def transformers(
+    workload: Workload,
+    device: torch.device,
+    liger: bool = False,
+    compiled: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Contender:
+    """transformers (+ PEFT where the workload has adapters), with Liger's kernels or compiled layers or both."""
+    from transformers import LlamaForCausalLM
+
+    if liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
+    torch.set_default_dtype(dtype)
+    with device:
+        model: Any = LlamaForCausalLM(workload.config())
+    torch.set_default_dtype(torch.float32)
+    layers = model.model.layers
+    if dtype == torch.float32:
+        model.gradient_checkpointing_enable()
+    if workload.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=workload.lora_rank, lora_alpha=2 * workload.lora_rank, lora_dropout=0.0, target_modules=TARGETS
+        )
+        if dtype == torch.float32:
+            model.enable_input_require_grads()
+        model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    fill(model.named_parameters())
+    model.train()
+    if compiled:
+        for layer in layers:
+            layer.compile()
+    params = [p for p in model.parameters() if p.requires_grad]
+
+    def forward_backward(batch: Batch) -> torch.Tensor:
+        ids = batch["input_ids"].to(device, non_blocking=True)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return loss.detach()
+
+    return Contender(
+        model, forward_backward, lambda: torch.nn.utils.clip_grad_norm_(params, 1.0), _optimizer(model, device)
+    )
+
+
+def ours(workload: Workload, device: torch.device, **model_options: Any) -> Contender:
+    """This package as its recipe builds it from a YAML without further options."""
+    from nemo_automodel import NeMoAutoModelForCausalLM
+    from nemo_automodel._transformers.forward import forward_loss
+    from nemo_automodel._transformers.inputs import to_device
+    from nemo_automodel.components._peft.lora import PeftConfig
+    from nemo_automodel.components.distributed.env import DistEnv
+    from nemo_automodel.components.distributed.fsdp2 import FSDP2Manager
+    from nemo_automodel.components.distributed.grads import GradClipper
+    from nemo_automodel.components.loss.linear_ce import FusedLinearCrossEntropy
+    from nemo_automodel.components.training.compile import CompileConfig
+
+    peft_options = model_options.pop("peft", {})
+    peft = None
+    if workload.lora_rank:
+        r = workload.lora_rank
+        peft = PeftConfig(**({"match_all_linear": True, "dim": r, "alpha": 2 * r} | peft_options))
+    dist = FSDP2Manager(env=DistEnv(device=device.type))
+    model = NeMoAutoModelForCausalLM.from_config(
+        workload.config(None), peft=peft, distributed=dist, compile=CompileConfig(), **model_options
+    )
+    fill(model.named_parameters())
+    model.train()
+    loss_fn, clipper = FusedLinearCrossEntropy(), GradClipper()
+    params = [p for p in model.parameters() if p.requires_grad]
+
+    def forward_backward(batch: Batch) -> torch.Tensor:
+        num_label_tokens = dist.all_reduce_sum(batch["num_label_tokens"])
+        dist.sync_gradients(model, last_micro_batch=True)
+        ce_sum, aux = forward_loss(model, to_device(batch, dist.device), loss_fn)
+        loss = ce_sum / num_label_tokens + aux
+        loss.backward()
+        return loss.detach()
+
+    return Contender(model, forward_backward, lambda: clipper(params), _optimizer(model, device))
+
+
+Builder = Callable[[Workload, torch.device], Contender]
+REFERENCE = "transformers fp32"
+"""What every contender's first loss and gradients are compared with; never timed."""
+
+PEERS: dict[str, Builder] = {
+    "transformers": transformers,
+    "transformers, compiled layers": lambda w, d: transformers(w, d, compiled=True),
+    "transformers + Liger": lambda w, d: transformers(w, d, liger=True),
+    "transformers + Liger, compiled layers": lambda w, d: transformers(w, d, liger=True, compiled=True),
+}
+OURS: dict[str, dict[str, Builder]] = {
+    "A": {"ours": ours, "ours, use_triton": lambda w, d: ours(w, d, peft={"use_triton": True})},
+    "B": {
+        "ours": ours,
+        "ours, pure bf16": lambda w, d: ours(w, d, master_dtype="bfloat16"),
+    },
+}
+NEEDS_GPU = ("Liger", "compiled", "use_triton")
+
+
+def contenders(workload: str, cpu: bool) -> dict[str, Builder]:
+    """Those that can take part in ``workload``, by name."""
+    found = PEERS | OURS[workload]
+    return {name: build for name, build in found.items() if not (cpu and any(word in name for word in NEEDS_GPU))}
+
+
+def build(name: str, workload: Workload, device: torch.device) -> Contender:
+    """The contender (or the reference) called ``name``."""
+    if name == REFERENCE:
+        return transformers(workload, device, dtype=torch.float32)
+    return contenders(workload.name, cpu=False)[name](workload, device)

@@ -1,0 +1,220 @@
+"""One optimizer step, ours beside the peers': equality first, then time.
+
+    python -m benchmarks.step [--workloads A B] [--contenders NAME ...] [--steps 30] [--warmup 10] [--cpu] [--out DIR]
+
+Each contender runs in a process of its own, with the same weights, tokens, optimizer and clipping. Its loss and
+gradient norms at step 0 are compared with fp32 transformers, its loss curve with the first contender's; one that
+differs is marked, whatever its speed. Times are CUDA events around whole steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import write
+from benchmarks.contenders import REFERENCE, Contender, build, contenders
+from benchmarks.workloads import WORKLOADS, Workload, batches, canonical, model_flops, tiny
+
+LOSS_TOLERANCE = 2e-3  # of step 0, absolute
+NORM_TOLERANCE = 0.02  # of the gradient norm, relative
+CURVE_TOLERANCE = 0.005  # of every step's loss, relative
+COLUMNS = [
+    "workload", "contender", "tok/s", "TFLOP/s", "step ms", "spread ms", "peak GiB", "first-step peak GiB",
+    "cold start s", "loss error", "grad norm error", "per-tensor norm error", "curve error", "equal", "failed",
+]  # fmt: skip
+
+
+# --- one contender, in its own process -----------------------------------------------------------------------------
+
+
+def measure(name: str, workload: Workload, device: torch.device, warmup: int, steps: int, profile: bool) -> dict:
+    """Build ``name``, take ``warmup + steps`` optimizer steps, and say what was seen."""
+    started = float(os.environ.get("BENCHMARK_STARTED", time.time()))
+    contender = build(name, workload, device)
+    data = batches(workload)
+    if device.type == "cuda":
+        data = [{k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in batch.items()} for batch in data]
+        torch.cuda.reset_peak_memory_stats()
+    result: dict[str, Any] = {"losses": [], "trainable": sum(p.numel() for p in _trained(contender))}
+    times: list[float] = []
+    for i in range(warmup + steps):
+        loss, norm, elapsed = _step(contender, data[i % len(data)], device, norms_into=result if i == 0 else None)
+        result["losses"].append(loss)
+        if i == 0:
+            result |= {"grad_norm": norm, "cold start s": round(time.time() - started, 1)}
+            result["first-step peak GiB"] = _peak_gib(device)
+        if i >= warmup:
+            times.append(elapsed)
+        if i == warmup - 1 and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+    if times:
+        result |= _speed(workload, times) | {"peak GiB": _peak_gib(device)}
+    if profile:
+        print(_kernel_table(contender, data[0], device), file=sys.stderr, flush=True)
+    return result
+
+
+def _step(
+    contender: Contender, batch: Any, device: torch.device, norms_into: dict | None
+) -> tuple[float, float, float]:
+    """One optimizer step; loss, gradient norm before clipping, and ms."""
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+    began = time.perf_counter()
+    loss = contender.forward_backward(batch)
+    if norms_into is not None:
+        norms_into["norms"] = _norms(contender)
+    norm = contender.clip()
+    contender.optimizer.step()
+    contender.optimizer.zero_grad()
+    if device.type == "cuda":
+        end.record()
+        torch.cuda.synchronize()
+        return loss.item(), float(norm), start.elapsed_time(end)
+    return loss.item(), float(norm), (time.perf_counter() - began) * 1e3
+
+
+def _trained(contender: Contender) -> list[torch.Tensor]:
+    return [p for p in contender.model.parameters() if p.requires_grad]
+
+
+def _norms(contender: Contender) -> dict[str, float]:
+    named = contender.model.named_parameters()
+    return {canonical(name): p.grad.float().norm().item() for name, p in named if p.grad is not None}
+
+
+def _peak_gib(device: torch.device) -> float | None:
+    return round(torch.cuda.max_memory_allocated() / 2**30, 2) if device.type == "cuda" else None
+
+
+def _speed(workload: Workload, times: list[float]) -> dict[str, float]:
+    median = statistics.median(times)
+    quarters = statistics.quantiles(times, n=4) if len(times) > 1 else [median] * 3
+    return {
+        "step ms": round(median, 1),
+        "spread ms": round(quarters[2] - quarters[0], 2),
+        "tok/s": round(workload.tokens / median * 1e3),
+        "TFLOP/s": round(model_flops(workload) / median / 1e9, 1),
+    }
+
+
+def _kernel_table(contender: Contender, batch: Any, device: torch.device) -> str:
+    """Device time of one step by kernel, the largest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU if device.type == "cpu" else ProfilerActivity.CUDA]) as trace:
+        _step(contender, batch, device, None)
+    events = sorted(trace.key_averages(), key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in events) or 1
+    lines = [f"kernels {total / 1e3:.1f} ms"]
+    for e in events[:40]:
+        milli = e.self_device_time_total / 1e3
+        lines.append(f"{milli:8.2f} ms {100 * e.self_device_time_total / total:5.1f}% x{e.count:5d} {e.key[:120]}")
+    return "\n".join(lines)
+
+
+# --- all of them ---------------------------------------------------------------------------------------------------
+
+
+def judge(result: dict[str, Any], reference: dict[str, Any], curve: list[float]) -> dict[str, Any]:
+    """How far ``result`` is from the fp32 reference at step 0, and from ``curve`` over all steps."""
+    loss_error = abs(result["losses"][0] - reference["losses"][0])
+    norm_error = abs(result["grad_norm"] / reference["grad_norm"] - 1)
+    pairs = [(result["norms"].get(name, 0.0), norm) for name, norm in reference["norms"].items()]
+    tensor_error = (sum((a - b) ** 2 for a, b in pairs) / sum(b * b for _, b in pairs)) ** 0.5
+    curve_error = max(abs(a - b) / b for a, b in zip(result["losses"], curve, strict=False))
+    equal = loss_error < LOSS_TOLERANCE and norm_error < NORM_TOLERANCE and curve_error < CURVE_TOLERANCE
+    return {
+        "loss error": float(f"{loss_error:.1e}"),
+        "grad norm error": float(f"{norm_error:.1e}"),
+        "per-tensor norm error": float(f"{tensor_error:.1e}"),
+        "curve error": float(f"{curve_error:.1e}"),
+        "equal": "yes" if equal and set(result["norms"]) == set(reference["norms"]) else "NO",
+    }
+
+
+def run_contender(name: str, workload: str, arguments: argparse.Namespace, steps: int | None = None) -> dict[str, Any]:
+    """``measure`` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.step", "--measure", name, "--workloads", workload]
+    warmup, steps = (arguments.warmup, arguments.steps) if steps is None else (steps, 0)
+    command += ["--warmup", str(warmup), "--steps", str(steps)]
+    command += ["--cpu"] * arguments.cpu + ["--profile", name] * (name in arguments.profile)
+    environment = os.environ | {"BENCHMARK_STARTED": str(time.time()), "HF_HUB_OFFLINE": "1"}
+    environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    try:
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=arguments.limit)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"no result within {arguments.limit:.0f} s"}
+    if name in arguments.profile:
+        print(run.stderr, flush=True)
+    if run.returncode != 0:
+        print(run.stderr[-3000:], flush=True)
+        return {"failed": (run.stderr.strip().splitlines() or ["no output"])[-1][:200]}
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def run_workload(workload: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The reference, then every contender, judged."""
+    reference = run_contender(REFERENCE, workload, arguments, steps=1)
+    if "failed" in reference:
+        return [{"workload": workload, "contender": REFERENCE, **reference}]
+    rows, curve = [], None
+    for name in contenders(workload, arguments.cpu):
+        if arguments.contenders and name not in arguments.contenders:
+            continue
+        result = run_contender(name, workload, arguments)
+        if "failed" not in result:
+            curve = curve or result["losses"]
+            result |= judge(result, reference, curve)
+            result.pop("norms")
+        row = {"workload": workload, "contender": name, **result}
+        print({key: row[key] for key in COLUMNS if row.get(key) is not None}, flush=True)
+        rows.append(row)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run it; 1 where a contender failed or is not equal."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--contenders", nargs="+", default=[], help="names; default all")
+    parser.add_argument("--profile", nargs="+", default=[], help="names whose kernel table is printed")
+    parser.add_argument("--warmup", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--limit", type=float, default=240, help="seconds a contender may take")
+    parser.add_argument("--cpu", action="store_true", help="tiny shapes on the CPU, to exercise the harness")
+    parser.add_argument("--out", type=Path, default=None, help="directory for the results (default benchmarks/results)")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.measure:
+        workload = WORKLOADS[arguments.workloads[0]]
+        workload, device = (tiny(workload), "cpu") if arguments.cpu else (workload, "cuda")
+        found = measure(
+            arguments.measure,
+            workload,
+            torch.device(device),
+            arguments.warmup,
+            arguments.steps,
+            bool(arguments.profile),
+        )
+        print(json.dumps(found), flush=True)
+        return 0
+    rows = [row for name in arguments.workloads for row in run_workload(name, arguments)]
+    about = {name: WORKLOADS[name].about for name in arguments.workloads}
+    print(write("step-cpu" if arguments.cpu else "step", rows, COLUMNS, arguments.out, workloads=about))
+    return int(any("failed" in row or row["equal"] != "yes" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

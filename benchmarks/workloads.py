@@ -1,0 +1,111 @@
+"""The workloads: a model shape, a batch, weights and tokens that are the same for every contender, and their FLOPs."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from nemo_automodel.types import IGNORE_INDEX, Batch
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A llama-shaped model and a batch of full rows of ``seq`` tokens."""
+
+    name: str
+    about: str
+    shape: dict[str, Any]
+    batch: int
+    seq: int
+    lora_rank: int | None = None  # None: every weight is trained
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.seq
+
+    def config(self, attn_implementation: str | None = "sdpa") -> Any:
+        from transformers import LlamaConfig
+
+        extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        return LlamaConfig(**self.shape, use_cache=False, **extra)
+
+
+LLAMA_8B = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "max_position_embeddings": 131072,
+    "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA_1B = {
+    **LLAMA_8B, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+TINY = {
+    **LLAMA_8B, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512,
+}  # fmt: skip
+WORKLOADS = {
+    "A": Workload("A", "Llama-3.1-8B shape, LoRA r16 on all projections, 2x4096, bf16", LLAMA_8B, 2, 4096, 16),
+    "B": Workload("B", "Llama-3.2-1B shape, full SFT, 4x4096, tied embeddings", LLAMA_1B, 4, 4096),
+}
+
+
+def tiny(workload: Workload) -> Workload:
+    """The same kind of workload, small enough for a CPU in CI."""
+    shape = {**TINY, "tie_word_embeddings": workload.shape["tie_word_embeddings"]}
+    return replace(workload, about=f"tiny: {workload.about}", shape=shape, seq=64)
+
+
+def batches(workload: Workload, count: int = 4) -> list[Batch]:
+    """Seeded random tokens; every position but each row's last is trained on."""
+    generator = torch.Generator().manual_seed(1)
+    found: list[Batch] = []
+    for _ in range(count):
+        ids = torch.randint(0, workload.shape["vocab_size"], (workload.batch, workload.seq), generator=generator)
+        labels = torch.full_like(ids, IGNORE_INDEX)
+        labels[:, :-1] = ids[:, 1:]
+        indices = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+        found.append(Batch(input_ids=ids, labels=labels, label_indices=indices, num_label_tokens=indices.numel()))
+    return found
+
+
+def canonical(name: str) -> str:
+    """A parameter's name without what PEFT puts around it."""
+    return re.sub(r"^base_model\.model\.|\.base_layer|\.default", "", name)
+
+
+@torch.no_grad()
+def fill(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Give every parameter values that depend on its name and shape alone: norms 1, the rest N(0, 0.02), bf16-exact.
+
+    LoRA's B is filled too, so that every adapter's gradient is non-zero from the first step on.
+    """
+    for name, parameter in named_parameters:
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if "norm" in name:
+            local.fill_(1.0)
+            continue
+        generator = torch.Generator(local.device).manual_seed(zlib.crc32(canonical(name).encode()))
+        drawn = torch.empty(local.shape, device=local.device).normal_(0.0, 0.02, generator=generator)
+        local.copy_(drawn.bfloat16())
+
+
+def model_flops(workload: Workload) -> float:
+    """FLOPs of a forward and backward: 4N a token under LoRA, 6N where all is trained, causal attention counted half.
+
+    N includes the output head and excludes the embedding look-up; adapters are left out, as for every contender.
+    """
+    s = workload.shape
+    q, kv = s["num_attention_heads"] * s["head_dim"], s["num_key_value_heads"] * s["head_dim"]
+    layer = 2 * s["hidden_size"] * q + 2 * s["hidden_size"] * kv + 3 * s["hidden_size"] * s["intermediate_size"]
+    n = s["num_hidden_layers"] * layer + s["hidden_size"] * s["vocab_size"]
+    attention_forward = s["num_hidden_layers"] * 2 * workload.tokens * workload.seq * q
+    return workload.tokens * n * (4 if workload.lora_rank else 6) + 3.5 * attention_forward
