@@ -7,14 +7,37 @@ Imported only where it is launched, so that a machine without Triton can import 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 
 @triton.jit
+def _round(x, dtype: tl.constexpr, INTERPRETED_BF16: tl.constexpr):
+    """x in ``dtype``, to nearest even. (Triton's interpreter truncates to bf16: there the carry is added first.)"""
+    if INTERPRETED_BF16 and x.dtype == tl.float32:
+        bits = x.to(tl.int32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED_BF16: tl.constexpr):
+    """acc + a @ b: b is rounded to a's dtype, the products are summed in fp32. (The interpreter has no bf16 product.)"""
+    b = _round(b, a.dtype, INTERPRETED_BF16)
+    if INTERPRETED_BF16:
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def _shrink(x_ptr, v_ptr, u_ptr, T, F, rank, scale, stride_x, stride_vf, stride_vr,
-            R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+            R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+            PRECISION: tl.constexpr, INTERPRETED_BF16: tl.constexpr):  # fmt: skip
     """u[T, rank] = scale * x[T, F] @ v[F, rank], one program per BLOCK_T rows."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     ranks = tl.arange(0, R)
@@ -26,15 +49,16 @@ def _shrink(x_ptr, v_ptr, u_ptr, T, F, rank, scale, stride_x, stride_vf, stride_
                     mask=(rows[:, None] < T) & (cols[None, :] < F), other=0.0)  # fmt: skip
         v = tl.load(v_ptr + cols[:, None] * stride_vf + ranks[None, :] * stride_vr,
                     mask=(cols[:, None] < F) & (ranks[None, :] < rank), other=0.0)  # fmt: skip
-        acc = tl.dot(x, v.to(x.dtype), acc, input_precision=PRECISION)
-    tl.store(u_ptr + rows[:, None] * rank + ranks[None, :], (acc * scale).to(u_ptr.dtype.element_ty),
+        acc = _dot(x, v, acc, PRECISION, INTERPRETED_BF16)
+    tl.store(u_ptr + rows[:, None] * rank + ranks[None, :], _round(acc * scale, u_ptr.dtype.element_ty, INTERPRETED_BF16),
              mask=(rows[:, None] < T) & (ranks[None, :] < rank))  # fmt: skip
 
 
 @triton.jit
 def _expand(u_ptr, v_ptr, bias_ptr, y_ptr, T, F, rank, scale, stride_y, stride_vf, stride_vr,
             HAS_BIAS: tl.constexpr, ADD: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr,
-            BLOCK_F: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+            BLOCK_F: tl.constexpr,
+            PRECISION: tl.constexpr, INTERPRETED_BF16: tl.constexpr):  # fmt: skip
     """y[T, F] = scale * u[T, rank] @ v[rank, F] (+ bias[F]) (+ y where ADD)."""
     rows = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -43,19 +67,20 @@ def _expand(u_ptr, v_ptr, bias_ptr, y_ptr, T, F, rank, scale, stride_y, stride_v
                 mask=(rows[:, None] < T) & (ranks[None, :] < rank), other=0.0)  # fmt: skip
     v = tl.load(v_ptr + ranks[:, None] * stride_vr + cols[None, :] * stride_vf,
                 mask=(ranks[:, None] < rank) & (cols[None, :] < F), other=0.0)  # fmt: skip
-    y = tl.dot(u, v.to(u.dtype), input_precision=PRECISION) * scale
+    y = _dot(u, v, tl.zeros((BLOCK_T, BLOCK_F), tl.float32), PRECISION, INTERPRETED_BF16) * scale
     if HAS_BIAS:
         y += tl.load(bias_ptr + cols, mask=cols < F, other=0.0).to(tl.float32)[None, :]
     y_ptrs = y_ptr + rows[:, None] * stride_y + cols[None, :]
     inside = (rows[:, None] < T) & (cols[None, :] < F)
     if ADD:
         y += tl.load(y_ptrs, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptrs, _round(y, y_ptr.dtype.element_ty, INTERPRETED_BF16), mask=inside)
 
 
 @triton.jit
 def _gradient(u_ptr, z_ptr, g_ptr, T, F, rank, scale, rows_per_split, stride_z, stride_gs, stride_gf, stride_gr,
-              R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+              R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+            PRECISION: tl.constexpr, INTERPRETED_BF16: tl.constexpr):  # fmt: skip
     """g[split, rank, F] = scale * u[rows of split, rank]^T @ z[rows of split, F], in fp32."""
     cols = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     split = tl.program_id(1).to(tl.int64)
@@ -69,7 +94,7 @@ def _gradient(u_ptr, z_ptr, g_ptr, T, F, rank, scale, rows_per_split, stride_z, 
                     mask=(rows[None, :] < last) & (ranks[:, None] < rank), other=0.0)  # fmt: skip
         z = tl.load(z_ptr + rows[:, None] * stride_z + cols[None, :],
                     mask=(rows[:, None] < last) & (cols[None, :] < F), other=0.0)  # fmt: skip
-        acc = tl.dot(u, z, acc, input_precision=PRECISION)
+        acc = _dot(u, z, acc, PRECISION, INTERPRETED_BF16)
     g_ptrs = g_ptr + split * stride_gs + ranks[:, None] * stride_gr + cols[None, :] * stride_gf
     tl.store(g_ptrs, acc * scale, mask=(ranks[:, None] < rank) & (cols[None, :] < F))
 
@@ -83,7 +108,7 @@ def shrink(x: torch.Tensor, v: torch.Tensor, scale: float = 1.0) -> torch.Tensor
     block_f, stages = (128, 4) if padded <= 32 else (64, 3)
     _shrink[(triton.cdiv(tokens, block_t),)](
         x, v, u, tokens, features, rank, scale, x.stride(0), v.stride(0), v.stride(1),
-        R=padded, BLOCK_T=block_t, BLOCK_F=block_f, PRECISION=_precision(x), num_warps=4, num_stages=stages,
+        R=padded, BLOCK_T=block_t, BLOCK_F=block_f, **_product(x), num_warps=4, num_stages=stages,
     )  # fmt: skip
     return u
 
@@ -103,7 +128,7 @@ def expand(
     block_t, block_f = 64, 128
     _expand[(triton.cdiv(features, block_f), triton.cdiv(tokens, block_t))](
         u, v, bias, y, tokens, features, rank, scale, y.stride(0), v.stride(1), v.stride(0),
-        HAS_BIAS=bias is not None, ADD=add, R=padded, BLOCK_T=block_t, BLOCK_F=block_f, PRECISION=_precision(u),
+        HAS_BIAS=bias is not None, ADD=add, R=padded, BLOCK_T=block_t, BLOCK_F=block_f, **_product(u),
         num_warps=4, num_stages=1,
     )  # fmt: skip
 
@@ -125,7 +150,7 @@ def gradient(u: torch.Tensor, z: torch.Tensor, scale: float = 1.0, transposed: b
     stride_f, stride_r = (parts.stride(1), parts.stride(2)) if transposed else (parts.stride(2), parts.stride(1))
     _gradient[(columns, splits)](
         u, z, parts, tokens, features, rank, scale, rows_per_split, z.stride(0), parts.stride(0), stride_f, stride_r,
-        R=padded, BLOCK_T=block_t, BLOCK_F=block_f, PRECISION=_precision(z), num_warps=4, num_stages=3,
+        R=padded, BLOCK_T=block_t, BLOCK_F=block_f, **_product(z), num_warps=4, num_stages=3,
     )  # fmt: skip
     return parts[0] if splits == 1 else parts.sum(0)
 
@@ -134,6 +159,9 @@ def _padded_rank(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
-def _precision(x: torch.Tensor) -> str:
-    """fp32 runs in full fp32: TF32 would cost it half its digits for products that only wait for memory anyway."""
-    return "ieee" if x.dtype == torch.float32 else "tf32"
+def _product(x: torch.Tensor) -> dict[str, Any]:
+    """How ``_dot`` multiplies. fp32 stays fp32: TF32 would halve its digits, and these products wait for memory anyway."""
+    return {
+        "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
+        "INTERPRETED_BF16": x.dtype == torch.bfloat16 and not isinstance(_shrink, triton.JITFunction),
+    }

@@ -35,3 +35,28 @@ def linear_cross_entropy(
     if logit_softcap is not None:
         logits = torch.tanh(logits / logit_softcap) * logit_softcap
     return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scale: float,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """``x @ weight^T + bias + scale * (x @ lora_a^T) @ lora_b^T``, every operand first cast to ``dtype``.
+
+    Args:
+        x: [..., K].
+        weight: [N, K].
+        bias: [N] or None.
+        lora_a: [r, K].
+        lora_b: [N, r].
+        scale: alpha / r.
+        dtype: of the whole computation; bf16 gives torch's own bf16 result, by which a kernel's error is judged.
+    """
+    x = x.to(dtype)
+    y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+    return y + F.linear(F.linear(x, lora_a.to(dtype)) * scale, lora_b.to(dtype))
