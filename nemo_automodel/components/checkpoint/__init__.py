@@ -1,0 +1,1 @@
+"""Checkpoints: Hugging Face directories out, exact resume in, published so that a kill at any moment costs nothing."""

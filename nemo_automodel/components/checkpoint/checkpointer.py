@@ -1,0 +1,369 @@
+"""When a run is saved and where it goes on from: the ``checkpoint`` section of a recipe.
+
+checkpoints/
+  LATEST  BEST            text files that name a checkpoint
+  epoch_0_step_10/
+    model/                an HF directory (full fine-tuning, ``save_merged``) or a PEFT adapter directory (LoRA)
+    adapter/              with ``save_merged``: the adapter beside the merged weights
+    resume/               what continues the run
+    manifest.json         every file's size and SHA-256
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_automodel.components.checkpoint import publish
+from nemo_automodel.components.checkpoint.adapters import write_adapter
+from nemo_automodel.components.checkpoint.card import hub_id
+from nemo_automodel.components.checkpoint.fingerprint import compare, versions
+from nemo_automodel.components.checkpoint.hf import gather_weights, write_model
+from nemo_automodel.components.checkpoint.publish import Found
+from nemo_automodel.components.checkpoint.ranks import Ranks
+from nemo_automodel.components.checkpoint.resume import load_resume, read_state, write_resume
+from nemo_automodel.components.checkpoint.serving import serving_advice
+from nemo_automodel.errors import CheckpointError, ConfigError
+from nemo_automodel.types import TrainState
+
+logger = logging.getLogger(__name__)
+
+LATEST, BEST = "LATEST", "BEST"
+
+
+class Checkpointer:
+    """Saves a run so that a kill at any moment costs nothing, and continues it exactly.
+
+    Args:
+        env: The process environment (given by the recipe); None for a single process.
+        checkpoint_dir: Where checkpoints go, ``epoch_E_step_S`` each: E from 0, S optimizer steps done. On a file
+            system that all ranks share. Default ``checkpoints``.
+        enabled: Default true; false saves nothing (``restore_from`` still works).
+        restore_from: ``latest`` (the newest complete checkpoint of ``checkpoint_dir``; a fresh start, said so, where
+            there is none yet, so that a requeued job needs no other command), ``best``, the name of a checkpoint, or
+            a path. Default: a fresh start.
+        keep_last: How many checkpoints of this run to keep, besides those that LATEST and BEST name; null keeps all.
+            Default 3. Checkpoints of other runs in the same directory are never removed.
+        save_merged: For LoRA: also merge the adapter into the base weights, as a full HF directory in ``model/``.
+            Default false.
+
+    Raises:
+        ConfigError: ``checkpoint_dir`` cannot be written, or ``keep_last`` is less than 1.
+    """
+
+    def __init__(
+        self,
+        env: Any | None = None,
+        checkpoint_dir: str = "checkpoints",
+        enabled: bool = True,
+        restore_from: str | None = None,
+        keep_last: int | None = 3,
+        save_merged: bool = False,
+    ):
+        if keep_last is not None and keep_last < 1:
+            raise ConfigError(
+                f"checkpoint.keep_last={keep_last}: at least one is always kept; write 1 or more, or null for all"
+            )
+        self.root = Path(checkpoint_dir).expanduser()
+        if enabled:
+            _check_writable(self.root)
+        self.enabled = enabled
+        self.restore_from = restore_from
+        self.keep_last = keep_last
+        self.save_merged = save_merged
+        self._ranks = Ranks(env)
+        self._run = uuid.uuid4().hex
+        self._saved_step = 0  # the step whose state is on disk
+        self._schedule: Any | None = None
+        self._offered: tuple[int | None, float] | None = None  # step, validation loss
+        self._best: tuple[float, str] | None = None  # validation loss, name
+
+    # --- saving ---------------------------------------------------------------------------------------------------
+
+    def save(self, state: TrainState) -> Path | None:
+        """Write and publish a checkpoint; every rank calls it.
+
+        Returns:
+            The checkpoint's directory, or None if saving is off.
+
+        Raises:
+            CheckpointError: It could not be written (disk full, permissions, ...); earlier ones are untouched.
+        """
+        if not self.enabled:
+            return None
+        schedule: Any = state.schedule
+        name = f"epoch_{schedule.epoch}_step_{schedule.step}"
+        best = self._takes_best(schedule.step, name)
+        temporary = self._ranks.on_main(
+            f"Creating {self.root / name}", lambda: publish.temporary_directory(self.root, name)
+        )
+        try:
+            self._write(state, temporary, {"best": best})
+            meta = {"name": name, "epoch": schedule.epoch, "step": schedule.step, **self._identity()}
+            publish.seal(temporary, meta, self._ranks)
+            self._ranks.on_main(f"Publishing {name}", lambda: self._publish(temporary, name, best))
+        except CheckpointError as error:
+            if self._ranks.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(
+                f"{error}\ncheckpoint {name} was not saved; those saved before are intact in {self.root}"
+            ) from error
+        self._saved_step, self._best = schedule.step, best
+        return self.root / name
+
+    def _identity(self) -> dict[str, Any]:
+        newest = max((found.sequence for found in publish.find_checkpoints(self.root)), default=0)
+        return {"run": self._run, "sequence": max(newest, 0) + 1}
+
+    def _write(self, state: TrainState, directory: Path, extra: Mapping[str, Any]) -> None:
+        fingerprint = {**_plain(state.fingerprint), **self._surroundings(state)}
+        write_resume(state, directory / "resume", self._ranks, {**extra, "fingerprint": fingerprint})
+        merged = self._merges(state)
+        if state.peft is not None:
+            self._write_adapter(state, directory / ("adapter" if merged else "model"))
+        if state.peft is None or merged:
+            self._write_model(state, directory / "model")
+
+    def _write_model(self, state: TrainState, directory: Path) -> None:
+        ranks, model = self._ranks, state.model
+        dtype = getattr(model, "export_dtype", None)
+
+        def gather() -> Any:
+            tensors = None if state.peft is None else state.peft.merged_state_dict(model)
+            return gather_weights(model, tensors, dtype, keep=ranks.is_main)
+
+        weights = ranks.together("Gathering the weights", gather)
+        declared = dtype or getattr(model, "dtype", None)
+        datasets = _datasets(state)
+        ranks.on_main(
+            "Writing the model", lambda: write_model(directory, model, weights, state.tokenizer, declared, datasets)
+        )
+
+    def _write_adapter(self, state: TrainState, directory: Path) -> None:
+        ranks, model, peft = self._ranks, state.model, state.peft
+        assert peft is not None
+
+        def gather() -> Any:
+            return gather_weights(model, peft.adapter_state_dict(model), None, keep=ranks.is_main)
+
+        weights = ranks.together("Gathering the adapter", gather)
+        config: Any = model.config
+        description = peft.adapter_config(model, _base_name(model), getattr(config, "_commit_hash", None))
+        datasets = _datasets(state)
+        ranks.on_main(
+            "Writing the adapter",
+            lambda: write_adapter(directory, weights, description, state.tokenizer, config, datasets),
+        )
+
+    def _merges(self, state: TrainState) -> bool:
+        if state.peft is None:
+            return False
+        if not self.save_merged and not _base_name(state.model):
+            logger.warning(
+                "The base model has no name to load it from again: the merged weights are saved (save_merged)."
+            )
+            self.save_merged = True
+        return self.save_merged
+
+    def _publish(self, temporary: Path, name: str, best: tuple[float, str] | None) -> None:
+        publish.publish(temporary, self.root / name)
+        publish.write_pointer(self.root, LATEST, name)
+        if best is not None and best[1] == name:
+            publish.write_pointer(self.root, BEST, name)
+        if self.keep_last is None:
+            return
+        protected = {
+            name,
+            publish.read_pointer(self.root, LATEST),
+            best[1] if best else None,
+            publish.read_pointer(self.root, BEST),
+        }
+        mine = [found for found in publish.find_checkpoints(self.root) if found.run == self._run]
+        for found in reversed(mine[self.keep_last :]):
+            if found.name not in protected:
+                publish.remove(found)
+
+    # --- the best -------------------------------------------------------------------------------------------------
+
+    def offer_best(self, val_loss: float) -> None:
+        """Say that the weights of the running step have this validation loss; the next save of that step may be BEST.
+
+        A step that is validated but not saved cannot be: make ``val_every_steps`` a divisor of ``ckpt_every_steps``
+        or leave both out.
+        """
+        self._offered = (None if self._schedule is None else self._schedule.step, float(val_loss))
+
+    def _takes_best(self, step: int, name: str) -> tuple[float, str] | None:
+        """The best so far (loss, name), this checkpoint included."""
+        offered, self._offered = self._offered, None
+        if offered is None or offered[0] not in (None, step) or math.isnan(offered[1]):
+            return self._best
+        if self._best is not None and not offered[1] < self._best[0]:
+            return self._best
+        return offered[1], name
+
+    # --- restoring ------------------------------------------------------------------------------------------------
+
+    def restore(self, state: TrainState) -> bool:
+        """Continue from the checkpoint that ``restore_from`` asks for, and tidy up what a killed run left.
+
+        A damaged newest checkpoint is named in a warning and the one before it is taken.
+
+        Returns:
+            Whether something was restored; false is a fresh start.
+
+        Raises:
+            CheckpointError: What was asked for is not there or damaged, every checkpoint is, or it belongs to another
+                run (the message lists what differs).
+        """
+        self._schedule = state.schedule
+        if self.enabled:
+            touched = self._ranks.on_main("Cleaning up", lambda: publish.clean(self.root))
+            if touched:
+                logger.info("Removed what an interrupted run left in %s: %s", self.root, ", ".join(touched))
+        found = self._choose()
+        if found is None:
+            return False
+        directory = found.path / "resume"
+        saved = self._ranks.together(f"Reading {directory}", lambda: read_state(directory))
+        self._check(found, saved["fingerprint"], state)
+        load_resume(state, directory, self._ranks)
+        self._saved_step = found.step
+        self._best = (saved["best"][0], saved["best"][1]) if saved.get("best") else None
+        if found.path.parent.resolve() == self.root.resolve():
+            self._run = found.run
+        else:
+            self._saved_step, self._best = 0, None  # nothing of this run is in its own directory yet
+        self._ranks.on_main("Repairing the pointers", self._repair_pointers)
+        logger.info("Resumed from %s", found.path)
+        return True
+
+    def _repair_pointers(self) -> None:
+        """A kill between publishing and pointing leaves them behind; what is on disk decides."""
+        if not self.enabled:
+            return
+        newest = next((found.name for found in publish.find_checkpoints(self.root) if found.sequence >= 0), None)
+        best = self._best[1] if self._best else None
+        for pointer, name in ((LATEST, newest), (BEST, best)):
+            if name and (self.root / name).is_dir() and publish.read_pointer(self.root, pointer) != name:
+                publish.write_pointer(self.root, pointer, name)
+
+    def _choose(self) -> Found | None:
+        """The checkpoint to restore, verified byte by byte; None for a fresh start."""
+        everything = self._ranks.on_main(f"Reading {self.root}", lambda: publish.find_checkpoints(self.root))
+        if self.restore_from is None:
+            if everything and self.enabled:
+                logger.warning(
+                    "%s already holds %d checkpoint(s) of an earlier run; they stay, and this run starts anew. "
+                    "To continue it: --checkpoint.restore_from=latest", self.root, len(everything),
+                )  # fmt: skip
+            return None
+        if self.restore_from == "latest":
+            return self._newest_sound(everything)
+        asked = self._asked_for(everything)
+        problems = publish.damage(asked.path, self._ranks)
+        if problems:
+            raise CheckpointError(f"{asked.path} is damaged: {problems[0]}; {self._what_there_is(everything, asked)}")
+        return asked
+
+    def _newest_sound(self, everything: list[Found]) -> Found | None:
+        reasons = []
+        for found in everything:
+            problems = publish.damage(found.path, self._ranks)
+            if not problems:
+                return found
+            reasons.append(f"{found.name}: {problems[0]}")
+            logger.warning("%s is damaged (%s): falling back to the checkpoint before it.", found.path, problems[0])
+        if reasons:
+            raise CheckpointError(
+                f"every checkpoint in {self.root} is damaged; not starting anew over them:\n  " + "\n  ".join(reasons)
+                + "\nrepair or move them, or remove restore_from to start anew"
+            )  # fmt: skip
+        logger.warning("checkpoint.restore_from=latest: no checkpoint in %s yet, so this is a fresh start.", self.root)
+        return None
+
+    def _asked_for(self, everything: list[Found]) -> Found:
+        asked = str(self.restore_from)
+        name: str | None = asked
+        if asked == "best":
+            name = self._ranks.on_main("Reading BEST", lambda: publish.read_pointer(self.root, BEST))
+        for found in everything:
+            if found.name == name:
+                return found
+        path = Path(asked).expanduser()
+        path = path.parent if path.name in ("model", "resume", "adapter") else path
+        for found in publish.find_checkpoints(path.parent):
+            if asked != "best" and found.path.resolve() == path.resolve():
+                return found
+        raise CheckpointError(
+            f"checkpoint.restore_from={asked}: nothing to restore there; {self._what_there_is(everything)}"
+        )
+
+    def _what_there_is(self, everything: list[Found], but: Found | None = None) -> str:
+        names = [found.name for found in everything if found != but]
+        return f"{self.root} has " + (
+            ", ".join(names) + "; write restore_from: latest or one of them" if names else "no other checkpoint"
+        )
+
+    def _check(self, found: Found, saved: Mapping[str, Any], state: TrainState) -> None:
+        live = {**_plain(state.fingerprint), **self._surroundings(state)}
+        forbidden, harmless = compare(saved, live)
+        if forbidden:
+            raise CheckpointError(
+                f"{found.path} belongs to another run than this recipe describes (checkpoint -> this run):\n  "
+                + "\n  ".join(forbidden)
+                + "\nset these back to continue it; or, to start anew from its weights, remove checkpoint.restore_from and set "
+                f"model.pretrained_model_name_or_path: {found.path / 'model'}"
+            )
+        if harmless:
+            logger.warning("Resuming with changed settings (checkpoint -> this run):\n  %s", "\n  ".join(harmless))
+
+    def _surroundings(self, state: TrainState) -> dict[str, Any]:
+        planned = {key: value for key, value in state.schedule.state_dict().items() if key == "total_steps"}
+        return {"versions": {**versions(), "world_size": str(self._ranks.world_size)}, "schedule": planned}
+
+    # --- the end --------------------------------------------------------------------------------------------------
+
+    def finish(self, state: TrainState) -> None:
+        """Save the last step if it has no checkpoint, and print where the result is and how it is served."""
+        if not self.enabled:
+            return
+        schedule: Any = state.schedule
+        if schedule.step > self._saved_step:
+            self.save(state)
+        name = publish.read_pointer(self.root, LATEST)
+        if self._ranks.is_main and name is not None:
+            print(serving_advice(self.root / name))
+
+
+def _check_writable(root: Path) -> None:
+    """Fail now rather than at the first save; touches nothing."""
+    existing = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"checkpoint.checkpoint_dir={root}: {existing} is a file; write a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"checkpoint.checkpoint_dir={root}: {existing} is not writable; write another directory")
+
+
+def _base_name(model: Any) -> str:
+    return str(getattr(model.config, "_name_or_path", "") or "")
+
+
+def _plain(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """As it reads after a round trip through JSON, so that tuples and lists compare equal."""
+    content: dict[str, Any] = json.loads(json.dumps(fingerprint, default=str))
+    return content
+
+
+def _datasets(state: TrainState) -> tuple[str, ...]:
+    """Hub IDs named in the dataset section, for the model card."""
+    section = (state.fingerprint.get("config") or {}).get("dataset") or {}
+    values = section.values() if isinstance(section, Mapping) else ()
+    return tuple(value for value in values if isinstance(value, str) and hub_id(value))

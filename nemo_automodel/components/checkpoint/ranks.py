@@ -1,0 +1,70 @@
+"""Agreement between ranks: either every rank goes on, or every rank raises the same error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from nemo_automodel.errors import AutoModelError, CheckpointError
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """The processes that save together.
+
+    Args:
+        env: The process environment (``.rank``, ``.world_size``, ``.barrier()``), or None for a single process.
+    """
+
+    def __init__(self, env: Any | None):
+        self._env = env
+        self.rank: int = 0 if env is None else env.rank
+        self.world_size: int = 1 if env is None else env.world_size
+        self.is_main = self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's ``value``, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        assert self._env is not None
+        self._env.barrier()  # on the host, for as long as rank 0 writes: the collective below must not time out
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def together(self, what: str, step: Callable[[], T]) -> T:
+        """Run ``step`` on every rank; where it fails on one, all raise that rank's error.
+
+        Raises:
+            CheckpointError: ``what`` failed somewhere; the message names the cause and the rank.
+        """
+        result, error, cause = None, None, None
+        try:
+            result = step()
+        except (Exception, CheckpointException) as caught:  # the latter is a BaseException
+            error, cause = _describe(caught), caught
+        for rank, message in enumerate(self.gather(error)):
+            if message is not None:
+                where = f" on rank {rank}" if self.world_size > 1 else ""
+                raise CheckpointError(f"{what} failed{where}: {message}") from cause
+        return result  # type: ignore[return-value]
+
+    def on_main(self, what: str, step: Callable[[], T]) -> T:
+        """Run ``step`` on rank 0 alone and hand its result (picklable) to every rank; its error is raised by all."""
+        result = self.together(what, lambda: step() if self.is_main else None)
+        return self.gather(result)[0] if self.world_size > 1 else result  # type: ignore[return-value]
+
+
+def _describe(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):  # one entry a failed rank; the first says it
+        failures = [failure[0] if isinstance(failure, tuple) else failure for failure in error.failures.values()]
+        return _describe(failures[0]) if failures else "the distributed checkpoint could not be written or read"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'file'}: {error.strerror}"
+    if isinstance(error, AutoModelError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,282 @@
+"""What a run needs to go on exactly: the ``resume/`` directory.
+
+    tensors/             trainable weights and buffers (``model/``), optimizer state (``optimizer/``), through DCP
+    state.json           optimizer groups, lr_scheduler, schedule, fingerprint; its tensors in state.safetensors
+    rank_00000.json      one a rank: rng; its tensors in rank_00000.safetensors
+
+Names, not positions, say what belongs to what, so another number of ranks reads the same files.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import empty as empty_dtensor
+
+from nemo_automodel.components.checkpoint import plain
+from nemo_automodel.components.checkpoint.dcp import load_tensors, save_tensors, stored_tensors
+from nemo_automodel.components.checkpoint.ranks import Ranks
+from nemo_automodel.errors import CheckpointError
+from nemo_automodel.types import TrainState
+
+logger = logging.getLogger(__name__)
+
+TENSORS = "tensors"
+_LIVE_KEYS = ("fused", "foreach", "capturable")  # how the optimizer runs here, not what it has learned
+
+
+def write_resume(state: TrainState, directory: Path, ranks: Ranks, extra: Mapping[str, Any]) -> None:
+    """Write ``directory``; every rank calls it, on a file system they share.
+
+    Args:
+        state: The run; nothing in it changes.
+        directory: Is created.
+        ranks: The ranks that save together.
+        extra: JSON-able entries that ``read_state`` returns again.
+    """
+    ranks.on_main("Creating the directory", lambda: (directory / TENSORS).mkdir(parents=True))
+    tensors, document, aside = ranks.together("Collecting the state", lambda: _collect(state, extra))
+    ranks.together("Saving the state", lambda: save_tensors(directory / TENSORS, tensors))
+    ranks.on_main("Saving the state", lambda: _write(directory / "state.json", document, aside))
+    rng_aside: dict[str, torch.Tensor] = {}
+    rng = plain.encode(state.rng.state_dict(), rng_aside, "rng")
+    ranks.together("Saving the random state", lambda: _write(_rank_file(directory, ranks.rank), rng, rng_aside))
+
+
+def _collect(
+    state: TrainState, extra: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, torch.Tensor]]:
+    names = _live_names(state.model)
+    tensors = {f"model/{name}": tensor.detach() for name, tensor in _saved_of(names)}
+    aside: dict[str, torch.Tensor] = {}
+    document = {
+        "optimizer": _optimizer_document(state.optimizer, names, tensors, aside),
+        "lr_scheduler": plain.encode(state.lr_scheduler.state_dict(), aside, "lr_scheduler"),
+        "schedule": plain.encode(state.schedule.state_dict(), aside, "schedule"),
+        "fingerprint": json.loads(json.dumps(state.fingerprint, default=str)),
+        **extra,
+    }
+    return tensors, document, aside
+
+
+def _live_names(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and persistent buffer, sharded if the model is, under the name it has in the plain model."""
+    live = model.state_dict(keep_vars=True)  # also lets FSDP put its shards back in place
+    plainly = (
+        (name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", ""), t) for name, t in live.items()
+    )
+    return {name: tensor for name, tensor in plainly if isinstance(tensor, torch.Tensor)}
+
+
+def _saved_of(names: Mapping[str, torch.Tensor]) -> Iterable[tuple[str, torch.Tensor]]:
+    """What training can have changed: trainable parameters, the first name of each tied one, and buffers."""
+    seen: set[int] = set()
+    for name, tensor in names.items():
+        if id(tensor) not in seen and (tensor.requires_grad or not isinstance(tensor, nn.Parameter)):
+            seen.add(id(tensor))
+            yield name, tensor
+
+
+# --- the optimizer ------------------------------------------------------------------------------------------------
+
+
+def _parameters(optimizer: torch.optim.Optimizer, names: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    """The optimizer's parameters in its own order (the ids of its state_dict), with their names."""
+    name_of: dict[int, str] = {}
+    for name, tensor in names.items():
+        name_of.setdefault(id(tensor), name)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return [(name_of.get(id(p), f"extra.{i}"), p) for i, p in enumerate(params)]
+
+
+def _optimizer_document(
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[str, torch.Tensor],
+    tensors: dict[str, torch.Tensor],
+    aside: dict[str, torch.Tensor],
+) -> dict[str, Any]:
+    """Everything but the tensors, which go into ``tensors`` by parameter name; what else there is, by kind."""
+    content = dict(optimizer.state_dict())
+    per_parameter, groups = content.pop("state"), content.pop("param_groups")
+    params = _parameters(optimizer, names)
+    entries: dict[str, Any] = {}
+    for index, values in per_parameter.items():
+        name, param = params[index]
+        entry: dict[str, Any] = {"tensors": {}, "values": {}}
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer/{name}/{key}"] = value.detach()
+                entry["tensors"][key] = {"placements": _placements(value), "with_param": value.device == param.device}
+            else:
+                entry["values"][key] = plain.encode(value, aside, f"optimizer.{name}.{key}")
+        entries[name] = entry
+    by_name = [{**group, "params": [params[index][0] for index in group["params"]]} for group in groups]
+    return {
+        "state": entries,
+        "param_groups": plain.encode(by_name, aside, "optimizer.param_groups"),
+        "more": plain.encode(content, aside, "optimizer.more"),
+    }
+
+
+def _placements(value: torch.Tensor) -> list[int] | None:
+    """Of a sharded tensor, per mesh dimension: the sharded dimension, or -1 where it is replicated."""
+    if not isinstance(value, DTensor):
+        return None
+    if not all(isinstance(placement, Shard | Replicate) for placement in value.placements):
+        raise CheckpointError(
+            f"optimizer state with placements {value.placements} cannot be saved; shard or replicate it"
+        )
+    return [placement.dim if isinstance(placement, Shard) else -1 for placement in value.placements]
+
+
+def _empty_state(param: torch.Tensor, dtype: torch.dtype, size: torch.Size, entry: Mapping[str, Any]) -> torch.Tensor:
+    """Where one tensor of the optimizer's state is loaded into: sharded as ``param`` if it has its shape."""
+    sharded = entry["placements"] is not None
+    if isinstance(param, DTensor) and size == param.size() and (sharded or size.numel() > 1):
+        return torch.empty_like(param.detach(), dtype=dtype)
+    if isinstance(param, DTensor) and sharded:
+        placements = [Shard(dim) if dim >= 0 else Replicate() for dim in entry["placements"]]
+        if len(placements) != param.device_mesh.ndim:
+            placements = [Replicate()] * param.device_mesh.ndim
+        return empty_dtensor(size, dtype=dtype, device_mesh=param.device_mesh, placements=placements)
+    return torch.empty(size, dtype=dtype, device=param.device if entry["with_param"] else "cpu")
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """``state.json`` as it was written, its tensors not yet in place (JSON only, so it is cheap to look at)."""
+    content: dict[str, Any] = json.loads((directory / "state.json").read_text())
+    return content
+
+
+def load_resume(state: TrainState, directory: Path, ranks: Ranks) -> None:
+    """Put everything in ``directory`` into ``state``, in place; every rank calls it.
+
+    Raises:
+        CheckpointError: The model or the optimizer is another one; the message lists what differs.
+    """
+    document, aside = read_state(directory), _aside(directory / "state.json")
+    names = _live_names(state.model)
+    stored = ranks.together("Reading the index", lambda: stored_tensors(directory / TENSORS))
+    _check_weights(names, stored)
+    targets = {f"model/{name}": tensor.detach() for name, tensor in _saved_of(names)}
+    loaded = _optimizer_targets(state.optimizer, names, stored, document["optimizer"])
+    targets |= {f"optimizer/{name}/{key}": t for name, values in loaded.items() for key, t in values.items()}
+    ranks.together("Loading the state", lambda: load_tensors(directory / TENSORS, targets))
+
+    _load_optimizer(state.optimizer, names, document["optimizer"], loaded, aside)
+    state.lr_scheduler.load_state_dict(plain.decode(document["lr_scheduler"], aside))
+    state.schedule.load_state_dict(plain.decode(document["schedule"], aside))
+    _load_rng(state, directory, ranks)
+
+
+def _check_weights(names: Mapping[str, torch.Tensor], stored: Mapping[str, tuple[torch.dtype, torch.Size]]) -> None:
+    live = {name: (tensor.dtype, tensor.size()) for name, tensor in _saved_of(names)}
+    saved = {name.removeprefix("model/"): what for name, what in stored.items() if name.startswith("model/")}
+    differences = [
+        f"{name}: {_shown(saved.get(name))} -> {_shown(live.get(name))}"
+        for name in {**saved, **live}
+        if saved.get(name) != live.get(name)
+    ]
+    if differences:
+        more = f"\n  and {len(differences) - 8} more" if len(differences) > 8 else ""
+        raise CheckpointError(
+            "this run's trainable weights are not the checkpoint's (checkpoint -> this run):\n  "
+            + "\n  ".join(differences[:8])
+            + more
+            + "\nresume with the model, adapter and dtypes it was saved with, or start anew without restore_from"
+        )
+
+
+def _shown(what: tuple[torch.dtype, torch.Size] | None) -> str:
+    return "absent" if what is None else f"{str(what[0]).removeprefix('torch.')}{list(what[1])}"
+
+
+def _optimizer_targets(
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[str, torch.Tensor],
+    stored: Mapping[str, Any],
+    document: Mapping[str, Any],
+) -> dict[str, dict[str, torch.Tensor]]:
+    targets: dict[str, dict[str, torch.Tensor]] = {}
+    for name, param in _parameters(optimizer, names):
+        for key, entry in document["state"].get(name, {}).get("tensors", {}).items():
+            dtype, size = stored[f"optimizer/{name}/{key}"]
+            targets.setdefault(name, {})[key] = _empty_state(param, dtype, size, entry)
+    return targets
+
+
+def _load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[str, torch.Tensor],
+    document: Mapping[str, Any],
+    loaded: Mapping[str, dict[str, torch.Tensor]],
+    aside: dict[str, torch.Tensor],
+) -> None:
+    params = _parameters(optimizer, names)
+    index_of = {name: index for index, (name, _) in enumerate(params)}
+    groups = plain.decode(document["param_groups"], aside)
+    live = [[name for name, _ in params[start:stop]] for start, stop in _spans(optimizer)]
+    if [group["params"] for group in groups] != live:
+        raise CheckpointError(
+            "the optimizer's parameter groups are not the checkpoint's; resume with the same optimizer section"
+        )
+    for group, current in zip(groups, optimizer.param_groups, strict=True):
+        group["params"] = [index_of[name] for name in group["params"]]
+        group.update({key: current[key] for key in _LIVE_KEYS if key in group and key in current})
+    per_parameter = {
+        index_of[name]: {**plain.decode(entry["values"], aside), **loaded.get(name, {})}
+        for name, entry in document["state"].items()
+    }
+    optimizer.load_state_dict({"state": per_parameter, "param_groups": groups, **plain.decode(document["more"], aside)})
+    for (
+        name,
+        param,
+    ) in params:  # load_state_dict casts to the parameter's dtype; moments keep the one they were saved in
+        for key, tensor in loaded.get(name, {}).items():
+            current = optimizer.state[param].get(key)
+            if isinstance(current, torch.Tensor) and current.dtype != tensor.dtype:
+                optimizer.state[param][key] = tensor
+
+
+def _spans(optimizer: torch.optim.Optimizer) -> Iterable[tuple[int, int]]:
+    start = 0
+    for group in optimizer.param_groups:
+        yield start, start + len(group["params"])
+        start += len(group["params"])
+
+
+def _load_rng(state: TrainState, directory: Path, ranks: Ranks) -> None:
+    path = _rank_file(directory, ranks.rank)
+    if not path.exists():
+        logger.warning("The checkpoint was saved by fewer ranks: rank %d takes rank 0's random state.", ranks.rank)
+        path = _rank_file(directory, 0)
+    state.rng.load_state_dict(plain.decode(json.loads(path.read_text()), _aside(path)))
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def _rank_file(directory: Path, rank: int) -> Path:
+    return directory / f"rank_{rank:05d}.json"
+
+
+def _write(path: Path, document: Any, aside: Mapping[str, torch.Tensor]) -> None:
+    path.write_text(json.dumps(document, indent=1))
+    if aside:
+        save_file({key: t.cpu().contiguous().clone() for key, t in aside.items()}, path.with_suffix(".safetensors"))
+
+
+def _aside(path: Path) -> dict[str, torch.Tensor]:
+    tensors = path.with_suffix(".safetensors")
+    return load_file(tensors) if tensors.exists() else {}
