@@ -1,4 +1,4 @@
-"""The Triton LoRA op against the fp32 oracle, run by Triton's interpreter (``test_lora.py`` starts this file).
+"""The Triton LoRA op against the fp32 oracle, run by Triton's interpreter (``test_lora_op.py`` starts this file).
 
 Claims: forward, dX, dA and dB are within twice torch's own same-dtype error of the exact result, for every dtype, odd
 shape, rank, stride and bias; nothing is computed for a frozen input; the op is a well-formed, compilable torch op.
