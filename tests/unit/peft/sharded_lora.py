@@ -1,0 +1,98 @@
+"""Two gloo ranks, each running this file's ``main`` (``test_lora_sharded.py`` starts them).
+
+Claims, for LoRA and DoRA under ``fully_shard``: ranks that were seeded differently start from the same adapters; the
+gathered adapter and the merged weights equal one process's; loss and gradients equal one process's; an adapter that was
+read back into sharded parameters is the one that was written.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from nemo_automodel.components._peft.export import load_tensors, read_adapter_tensors
+from nemo_automodel.components._peft.lora import PeftConfig
+from tests.builders import tiny_config
+
+
+def build(config: PeftConfig, seed: int):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config("llama"))
+    torch.manual_seed(seed)
+    config.apply(model)
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "magnitude" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=g) * 0.05)
+    return model
+
+
+def shard(model) -> None:
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    for block in model.model.layers:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+
+
+def full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def check(config: PeftConfig, directory: Path) -> None:
+    rank = dist.get_rank()
+    model = build(config, seed=100 + rank)
+    alone = config.adapter_state_dict(model)
+    seen = [None, None]
+    dist.all_gather_object(seen, alone)
+    for key in alone:
+        assert torch.equal(seen[0][key], seen[1][key]), f"ranks start from another {key}"
+    ids = torch.randint(3, 384, (2, 9), generator=torch.Generator().manual_seed(2))
+    merged_alone = config.merged_state_dict(model)
+    loss_alone = model(input_ids=ids, labels=ids).loss
+    loss_alone.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+
+    shard(model)
+    for key, value in config.adapter_state_dict(model).items():
+        assert torch.equal(value, alone[key]), key
+    merged = config.merged_state_dict(model)
+    assert merged.keys() == merged_alone.keys()
+    assert any(isinstance(value, DTensor) for value in merged.values())
+    for key, value in merged.items():
+        torch.testing.assert_close(full(value), merged_alone[key], rtol=1e-6, atol=1e-7, msg=key)
+    loss = model(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(loss, loss_alone, rtol=1e-6, atol=1e-6)
+    loss.backward()  # the same batch on both ranks: the mean over ranks is one process's gradient
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(full(parameter.grad), gradients[name], rtol=1e-5, atol=1e-7, msg=name)
+
+    if rank == 0:
+        save_file({key: value + 1 for key, value in alone.items()}, directory / "adapter_model.safetensors")
+    dist.barrier()
+    load_tensors(model, read_adapter_tensors(directory), directory)
+    for key, value in config.adapter_state_dict(model).items():
+        assert torch.equal(value, alone[key] + 1), key
+
+
+def main(rank: int, directory: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
+    for use_dora in (False, True):
+        check(PeftConfig(match_all_linear=True, dim=3, use_dora=use_dora), Path(directory))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(main, args=(folder,), nprocs=2)
+    sys.exit(0)
