@@ -267,7 +267,9 @@ def describe_run(model: nn.Module, loader: Any, loss_fn: Any, env: Any, schedule
     ]
     stats = getattr(getattr(loader, "dataset", None), "stats", None)
     if stats:
-        lines.append("data      " + ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in _items(stats)))
+        lines.append(f"data      {stats}")
+    if rows_dropped := getattr(loader, "rows_dropped", 0):
+        lines.append(f"          {rows_dropped:,} rows dropped: longer than a packed row")
     done = f", {schedule.step:,} done before" if schedule.step else ""
     return [*lines, f"plan      {schedule.total_steps:,} optimizer steps{done}"]
 
@@ -275,11 +277,6 @@ def describe_run(model: nn.Module, loader: Any, loss_fn: Any, env: Any, schedule
 def device_name(device: torch.device) -> str:
     """What ``device`` is called: a GPU's name, or how many CPU threads compute."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
-
-
-def _items(stats: Any) -> list[tuple[str, int]]:
-    named = stats if isinstance(stats, Mapping) else vars(stats)
-    return [(name, value) for name, value in named.items() if isinstance(value, int)]
 
 
 def _checkpoint_dir(config: Any) -> str:
