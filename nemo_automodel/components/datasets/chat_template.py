@@ -12,7 +12,6 @@ and with the stop token. Three ways find it, each only where the one before does
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -141,13 +140,13 @@ class ChatRenderer:
         other = self._try([*messages[:turn], stand_in, *messages[turn + 1 :]], tools)
         if other is None or _MARK not in other:
             return None
-        start = len(os.path.commonprefix([text, other]))
+        start = _common_prefix(text, other)
         end = max(start, len(text) - _common_suffix(text, other))
         shorter = self._try([*messages[:turn], stand_in], tools)
         if whole is None or shorter is None:
             return start, end
         behind = whole[len(whole) - _common_suffix(whole, shorter) :]
-        return start, end + len(os.path.commonprefix([behind, text[end:]]))
+        return start, end + _common_prefix(behind, text[end:])
 
     def _after_prompt(self, text: str, before: Sequence[Message], tools: Any, floor: int, start: int) -> int:
         """Move ``start`` back to where the generation prompt ends: what stands between is for the model to write."""
@@ -184,5 +183,14 @@ def _like(content: Any) -> Any:
     return [{"type": "text", "text": _MARK}] if isinstance(content, list) else _MARK
 
 
+def _common_prefix(a: str, b: str) -> int:
+    """How many characters ``a`` and ``b`` begin with alike; by halving, since slices compare fast."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
+
+
 def _common_suffix(a: str, b: str) -> int:
-    return len(os.path.commonprefix([a[::-1], b[::-1]]))
+    return _common_prefix(a[::-1], b[::-1])

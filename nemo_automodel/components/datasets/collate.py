@@ -7,7 +7,6 @@ EOS keeps every EOS it was given.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -79,11 +78,10 @@ def collate_packed(packs: Sequence[Sequence[Row]], sample_ids: list[int], size: 
 
 def _batch(input_ids: np.ndarray, labels: np.ndarray, sample_ids: list[int]) -> Batch:
     indices = np.flatnonzero(labels.reshape(-1) != IGNORE_INDEX)
-    fields: dict[str, Any] = {
-        "input_ids": torch.from_numpy(input_ids),
-        "labels": torch.from_numpy(labels),
-        "label_indices": torch.from_numpy(indices.astype(np.int64)),
-        "num_label_tokens": len(indices),
-        "sample_ids": sample_ids,
-    }
-    return Batch(**fields)
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        label_indices=torch.from_numpy(indices.astype(np.int64)),
+        num_label_tokens=len(indices),
+        sample_ids=sample_ids,
+    )

@@ -48,7 +48,7 @@ def hub_problem(error: BaseException, what: str, page: str = "") -> str:
         return (
             f"{what} is not in the local cache and HF_HUB_OFFLINE=1 forbids a download; unset it, or give a local path"
         )
-    if "RevisionNotFoundError" in names or "revision" in text and status == 404:
+    if "RevisionNotFoundError" in names or ("revision" in text and status == 404):
         return f"{what}: no such revision; see {endpoint}/{page}/tree/main for branches, tags and commits"
     if status == 401 and "RepositoryNotFoundError" not in names:
         return f"{what}: the Hub refused the token (401); log in with `hf auth login` (or set HF_TOKEN)"

@@ -152,8 +152,8 @@ class DataLoader:
 
     def _stream(self, keys: list[list[Any]]) -> TorchDataLoader:
         return TorchDataLoader(
-            self._micro_batches,  # type: ignore[arg-type]  # map-style: a key is a micro-batch
-            sampler=keys,  # type: ignore[arg-type]
+            self._micro_batches,  # type: ignore[arg-type]  # map-style; a key is a micro-batch
+            sampler=keys,
             batch_size=None,
             num_workers=self.num_workers,
             prefetch_factor=self.prefetch_factor if self.num_workers else None,

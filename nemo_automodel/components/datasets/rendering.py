@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from nemo_automodel.errors import DataError
@@ -112,7 +113,7 @@ def _tokens_without_offsets(tokenizer: Any, rows: Sequence[Rendered]) -> tuple[l
         ids = tokenizer(row.text, add_special_tokens=False, verbose=False)["input_ids"]
         offsets, done = [(0, 0)] * len(ids), 0
         bounds = sorted({0, len(row.text), *(at for span in row.spans for at in span)})
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in pairwise(bounds):
             head = tokenizer(row.text[:end], add_special_tokens=False, verbose=False)["input_ids"]
             if head != ids[: len(head)]:
                 raise DataError(

@@ -1,0 +1,208 @@
+"""The data line of bad inputs: each has one message that says what, where and what to do."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+
+import datasets
+import pytest
+
+from nemo_automodel.components.datasets.hub import hub_problem, with_retries
+from nemo_automodel.components.datasets.llm.chat import make_chat_dataset
+from nemo_automodel.components.datasets.llm.column_mapped import make_instruction_dataset
+from nemo_automodel.components.datasets.llm.squad import make_squad_dataset
+from nemo_automodel.components.datasets.sources import _dataset_problem, open_source
+from nemo_automodel.errors import DataError
+from tests.builders import make_tokenizer
+
+ROWS = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(6)]
+
+
+def write(path, rows) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def error(call, *args, **kwargs) -> str:
+    with pytest.raises(DataError) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_every_local_format_gives_the_same_rows(tmp_path) -> None:
+    write(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "a.json").write_text(json.dumps(ROWS))
+    (tmp_path / "lines.json").write_text((tmp_path / "a.jsonl").read_text())
+    (tmp_path / "data.json").write_text(json.dumps({"version": 1, "data": ROWS}))
+    (tmp_path / "a.csv").write_text("question,answer\n" + "".join(f"q{i},a{i}\n" for i in range(6)))
+    (tmp_path / "bom.tsv").write_text("\ufeffquestion\tanswer\n" + "".join(f"q{i}\ta{i}\n" for i in range(6)))
+    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "a.parquet")
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    for name in ("a.jsonl", "a.json", "lines.json", "data.json", "a.csv", "bom.tsv", "a.parquet", "saved"):
+        source = open_source(str(tmp_path / name))
+        assert [source[i] for i in range(len(source))] == ROWS, name
+
+
+def test_globs_directories_splits_and_slices(tmp_path) -> None:
+    write(tmp_path / "d" / "train-0.jsonl", ROWS[:2])
+    write(tmp_path / "d" / "train-1.jsonl", ROWS[2:4])
+    write(tmp_path / "d" / "validation.jsonl", ROWS[4:])
+    write(tmp_path / "plain" / "x.jsonl", ROWS)
+    assert len(open_source(str(tmp_path / "d"))) == 4
+    assert len(open_source(str(tmp_path / "d"), "validation")) == 2
+    assert len(open_source(str(tmp_path / "d" / "*.jsonl"))) == 6
+    assert len(open_source(str(tmp_path / "plain"))) == 6
+    assert open_source(str(tmp_path / "d"), "train[1:3]")[0] == ROWS[1]
+    assert len(open_source(str(tmp_path / "d"), "train[:50%]")) == 2
+    assert len(open_source([str(tmp_path / "d" / "train-0.jsonl"), str(tmp_path / "plain" / "x.jsonl")])) == 8
+
+
+def test_nested_values_keep_their_own_keys(tmp_path) -> None:
+    """Arrow would give the first call an argument b=None, and the template would render it."""
+    rows = [{"x": {"a": 1}}, {"x": {"b": [1, {"c": None}]}}]
+    assert [open_source(write(tmp_path / "a.jsonl", rows))[i] for i in range(2)] == rows
+    datasets.Dataset.from_list([{"x": {"a": 1}}, {"x": {"b": 2}}]).to_parquet(tmp_path / "a.parquet")
+    assert open_source(str(tmp_path / "a.parquet"))[0] == {"x": {"a": 1}}
+
+
+def test_absent_files_name_the_pattern(tmp_path) -> None:
+    assert "no file matches this pattern" in error(open_source, str(tmp_path / "*.jsonl"))
+    assert "no such file" in error(open_source, str(tmp_path / "a.jsonl"))
+    (tmp_path / "empty").mkdir()
+    assert "no data file in this directory (looked for .jsonl" in error(open_source, str(tmp_path / "empty"))
+
+
+def test_absent_split_lists_those_there_are(tmp_path) -> None:
+    write(tmp_path / "train.jsonl", ROWS)
+    assert re.search(r"no split 'test'; there is train: train.jsonl", error(open_source, str(tmp_path), "test"))
+    datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)).save_to_disk(tmp_path / "saved")
+    assert "no split 'test'; there is train" in error(open_source, str(tmp_path / "saved"), "test")
+
+
+def test_zero_rows(tmp_path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n\n")
+    (tmp_path / "a.csv").write_text("question,answer\n")
+    (tmp_path / "a.json").write_text("[]")
+    for name in ("a.jsonl", "a.csv", "a.json"):
+        assert "zero rows in split 'train'" in error(open_source, str(tmp_path / name))
+
+
+def test_bad_json_names_file_and_line(tmp_path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n\n{'question': 1}\n")
+    assert "a.jsonl:3: not valid JSON" in error(make_instruction_dataset, make_tokenizer(), str(path))
+    path.write_text(json.dumps(ROWS[0]) + "\n[1]\n")
+    assert "a.jsonl:2: expected a JSON object" in error(make_instruction_dataset, make_tokenizer(), str(path))
+    (tmp_path / "a.json").write_text('[\n{"a": 1},\n{"a" 2}]')
+    assert "a.json:3: not valid JSON" in error(open_source, str(tmp_path / "a.json"))
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n3\n")
+    assert "a.csv:3: a row must have the 2 columns" in error(open_source, str(tmp_path / "a.csv"))
+
+
+def test_not_utf8_names_the_byte(tmp_path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"question": "caf\xe9"}\n')
+    message = error(open_source, str(tmp_path / "a.jsonl"))
+    assert "a.jsonl: not UTF-8 at byte 17" in message
+    assert "iconv" in message
+
+
+def test_truncated_parquet(tmp_path) -> None:
+    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
+    assert "a.parquet: not a readable parquet file" in error(open_source, str(tmp_path / "a.parquet"))
+
+
+def test_missing_column_lists_those_there_are(tmp_path) -> None:
+    path = write(tmp_path / "a.jsonl", [ROWS[0], {"question": "q", "reply": "a"}])
+    assert "a.jsonl:2: no column 'answer'; there is 'question', 'reply'" in error(
+        make_instruction_dataset, make_tokenizer(), path
+    )
+    assert "a.jsonl:1: no column 'context'; there is 'question', 'answer'" in error(
+        make_squad_dataset, make_tokenizer(), path
+    )
+
+
+def test_wrong_type_names_the_row(tmp_path) -> None:
+    path = write(tmp_path / "a.jsonl", [ROWS[0], {"question": "q", "answer": 7}, {"question": "q", "answer": None}])
+    assert "a.jsonl:2: column 'answer' must be str, got int: '7'" in error(
+        make_instruction_dataset, make_tokenizer(), path
+    )
+    path = write(tmp_path / "m.jsonl", [{"messages": "hello"}])
+    assert "m.jsonl:1: column 'messages' must be list, got a string" in error(
+        make_chat_dataset, make_tokenizer("chatml"), path
+    )
+
+
+def test_errors_survive_worker_processes(tmp_path) -> None:
+    path = write(tmp_path / "a.jsonl", [*ROWS, {"question": "q"}])
+    assert "a.jsonl:7: no column 'answer'" in error(make_instruction_dataset, make_tokenizer(), path, num_proc=2)
+
+
+# --- the Hub: the same exception types that its libraries raise; a real server is in the recipe tests ---------------------
+def http_error(status: int, kind: str = "HfHubHTTPError") -> Exception:
+    import huggingface_hub.errors as hub
+
+    http = importlib.import_module(
+        hub.HTTPError.__module__.split(".")[0]
+    )  # httpx, under the name that this version uses
+    response = http.Response(status, request=http.Request("GET", "http://hub/x"))
+    return getattr(hub, kind)(f"{status} error", response=response)
+
+
+@pytest.mark.parametrize(
+    ("problem", "says"),
+    [
+        (
+            http_error(401, "RepositoryNotFoundError"),
+            "was not found: no such local path, and no such repository on the Hub",
+        ),
+        (
+            http_error(403, "GatedRepoError"),
+            "is gated: ask for access at .*datasets/a/b and log in with `hf auth login`",
+        ),
+        (http_error(401), "log in with `hf auth login`"),
+        (http_error(403), r"access denied \(403\)"),
+        (http_error(404, "RevisionNotFoundError"), "no such revision"),
+        (http_error(503), "the Hub answered 503 4 times; try again later"),
+        (ConnectionError("refused"), "cannot reach .*; check the network or HF_ENDPOINT, or give a local path"),
+    ],
+)
+def test_hub_problems_say_what_to_do(problem: Exception, says: str) -> None:
+    message = hub_problem(problem, "dataset 'a/b'", "datasets/a/b")
+    assert re.search(says, message), message
+    assert "\n" not in message
+
+
+def test_offline_is_told_apart(monkeypatch) -> None:
+    import huggingface_hub.errors as hub
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "HF_HUB_OFFLINE=1 forbids a download" in hub_problem(hub.LocalEntryNotFoundError("x"), "dataset 'a/b'")
+
+
+def test_datasets_own_errors() -> None:
+    script = RuntimeError("Dataset scripts are no longer supported, but found squad.py")
+    assert "use its parquet files" in _dataset_problem(script, "a/b", "dataset 'a/b'", "train")
+    split = ValueError("Unknown split \"foo\". Should be one of ['train', 'test'].")
+    assert "no split 'foo'; there is ['train', 'test']" in _dataset_problem(split, "a/b", "dataset 'a/b'", "foo")
+
+
+def test_what_passes_by_itself_is_tried_again(monkeypatch) -> None:
+    monkeypatch.setattr("nemo_automodel.components.datasets.hub._FIRST_WAIT", 0.0)
+    left = [http_error(503), http_error(429), ConnectionError("cut")]
+    calls = []
+
+    def call() -> str:
+        calls.append(1)
+        if left:
+            raise left.pop()
+        return "ok"
+
+    assert with_retries(call, "x") == "ok"
+    assert len(calls) == 4
+    with pytest.raises(Exception, match="404"):
+        with_retries(lambda: (_ for _ in ()).throw(http_error(404)), "x")
