@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import httpx2
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import (
     DisabledRepoError,
@@ -31,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 5
 _FIRST_WAIT_S = 0.5
+_PATIENCE_S = 20.0  # huggingface_hub waits by itself for some requests; what took this long is not tried again
 _T = TypeVar("_T")
 
 
@@ -51,18 +51,18 @@ def fetch(name: str, filename: str, revision: str | None, **options: Any) -> Pat
         raise explain(error, name, revision) from error
     except EntryNotFoundError:
         return None
-    except (OSError, ValueError, httpx2.HTTPError) as error:
+    except Exception as error:
         raise explain(error, name, revision) from error
 
 
 def patiently(download: Callable[[], _T]) -> _T:
     """Call ``download``, again after a while (0.5, 1, 2, 4 s) where the server is busy or the connection breaks."""
-    wait = _FIRST_WAIT_S
+    wait, start = _FIRST_WAIT_S, time.monotonic()
     for attempt in range(1, _ATTEMPTS + 1):
         try:
             return download()
         except Exception as error:
-            if attempt == _ATTEMPTS or not _passing(error):
+            if attempt == _ATTEMPTS or time.monotonic() - start > _PATIENCE_S or not _passing(error):
                 raise
             logger.warning("Hub: %s; trying again in %.1f s", _first_line(error), wait)
             time.sleep(wait)
@@ -92,7 +92,7 @@ def explain(error: BaseException, name: str, revision: str | None = None) -> Aut
                 f"the spelling; if it is private, run `hf auth login` (or set HF_TOKEN)"
             )
         if isinstance(cause, HFValidationError):
-            return ModelError(f"model {name}: no such local directory, and not a Hub ID (which is written owner/name)")
+            return ModelError(f"model {name}: no such local directory, and it is no Hub ID either (owner/name)")
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if status in (401, 403):
             return ModelError(
@@ -111,7 +111,7 @@ def _explain_unreachable(error: BaseException, name: str, at: str) -> AutoModelE
             f"model {at} is not in the local cache ({constants.HF_HUB_CACHE}) and HF_HUB_OFFLINE is set: unset it, or "
             f"run `hf download {name}` where there is a network"
         )
-    if any(isinstance(cause, (httpx2.TransportError, ConnectionError, LocalEntryNotFoundError)) for cause in causes):
+    if any(isinstance(c, (ConnectionError, LocalEntryNotFoundError)) or _is_http(c, "TransportError") for c in causes):
         return ModelError(
             f"model {at}: {constants.ENDPOINT} cannot be reached and it is not in the local cache "
             f"({constants.HF_HUB_CACHE}); check the network, or HF_ENDPOINT, or give a local directory"
@@ -137,9 +137,14 @@ def _passing(error: BaseException) -> bool:
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if status is not None:
             return status == 429 or status >= 500
-        if isinstance(cause, httpx2.TransportError):
-            return not isinstance(cause, httpx2.ConnectError)  # nothing listens there: that does not pass
+        if _is_http(cause, "TransportError"):
+            return not _is_http(cause, "ConnectError")  # nothing listens there: that does not pass
     return "Consistency check failed" in str(error)
+
+
+def _is_http(error: BaseException, name: str) -> bool:
+    """Whether ``error`` is the HTTP client's ``name``; huggingface_hub 1 uses httpx, 2 uses httpx2."""
+    return any(cls.__name__ == name and cls.__module__.startswith("httpx") for cls in type(error).__mro__)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
