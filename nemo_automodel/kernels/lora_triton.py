@@ -105,7 +105,8 @@ def shrink(x: torch.Tensor, v: torch.Tensor, scale: float = 1.0) -> torch.Tensor
     u = torch.empty(tokens, rank, dtype=x.dtype, device=x.device)
     block_t = 64 if tokens >= 8192 else 32 if tokens >= 4096 else 16  # about one program per multiprocessor
     padded = _padded_rank(rank)
-    block_f, stages = (128, 4) if padded <= 32 else (64, 3)
+    block_f = (128 if padded <= 32 else 64) * 2 // x.element_size()
+    stages = (4 if padded <= 32 else 3) - (_little_shared_memory(x) and padded != 64)
     _shrink[(triton.cdiv(tokens, block_t),)](
         x, v, u, tokens, features, rank, scale, x.stride(0), v.stride(0), v.stride(1),
         R=padded, BLOCK_T=block_t, BLOCK_F=block_f, **_product(x), num_warps=4, num_stages=stages,
@@ -140,7 +141,7 @@ def gradient(u: torch.Tensor, z: torch.Tensor, scale: float = 1.0, transposed: b
     """
     (tokens, features), rank = z.shape, u.shape[1]
     padded = _padded_rank(rank)
-    block_t, block_f = 64, 128
+    block_t, block_f = 64, 128 * 2 // z.element_size()
     columns = triton.cdiv(features, block_f)
     splits = max(1, min(512 // columns, tokens // (4 * block_t)))
     rows_per_split = triton.cdiv(triton.cdiv(tokens, splits), block_t) * block_t
@@ -157,6 +158,14 @@ def gradient(u: torch.Tensor, z: torch.Tensor, scale: float = 1.0, transposed: b
 
 def _padded_rank(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
+
+
+def _little_shared_memory(x: torch.Tensor) -> bool:
+    """Whether a block of threads has about 100 KB (consumer GPUs), not the 160 KB or more of data-centre ones."""
+    if not x.is_cuda:
+        return False
+    properties = torch.cuda.get_device_properties(x.device)
+    return getattr(properties, "shared_memory_per_block_optin", 0) < 160 * 1024
 
 
 def _product(x: torch.Tensor) -> dict[str, Any]:
