@@ -70,7 +70,7 @@ class _NeMoAutoModel:
             ModelError: the model cannot be found, read or trained as asked; the message says what to do.
         """
         compute, stored = _dtypes(kwargs.pop("torch_dtype", None) or dtype, master_dtype, distributed, peft)
-        source = {"revision": revision, "trust_remote_code": trust_remote_code}
+        source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         name = str(pretrained_model_name_or_path)
         config = loading.load_config(name, **source, **kwargs)
         compute = compute or loading.own_dtype(config) or torch.float32
@@ -124,7 +124,7 @@ class _NeMoAutoModel:
             ModelError: the config is not one of a model of this kind.
         """
         compute, stored = _dtypes(kwargs.pop("torch_dtype", None) or dtype, master_dtype, distributed, peft)
-        source = {"revision": revision, "trust_remote_code": trust_remote_code}
+        source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         built = loading.build_config(config, **source, **kwargs)
         compute = compute or loading.own_dtype(built) or torch.float32
         model = loading.initialize(

@@ -105,7 +105,8 @@ def _run_with_labels(
 
     outputs = _forward_with_loss(base_forward, model, args, kwargs, request, labels, mean)
     if request.fused and isinstance(outputs, Mapping):
-        outputs = type(outputs)(**{k: v for k, v in outputs.items() if k != "logits"})  # type: ignore[call-arg]
+        build: Any = type(outputs)
+        outputs = build(**{k: v for k, v in outputs.items() if k != "logits"})
     return outputs
 
 
@@ -145,7 +146,8 @@ def _forward_tapped(
     """The fused path; None where it turns out, at the first forward, that it does not fit this model."""
     head = head_of(model)
     if head is None:
-        return state.give_up(model, "its output head is not a plain linear layer")
+        state.give_up(model, "its output head is not a plain linear layer")
+        return None
     first = state.transform is None
     probe = probe_logits(head.out_features, head.weight.device) if first else None
 
@@ -177,11 +179,12 @@ def _forward_tapped(
         try:
             return _with_loss_function(base_forward, model, args, inputs, labels, from_hidden)
         except _DoesNotFit as error:
-            return state.give_up(model, str(error))
+            state.give_up(model, str(error))
         except (RuntimeError, IndexError, ValueError) as error:
             if not first or isinstance(error, torch.OutOfMemoryError):
                 raise
-            return state.give_up(model, f"its forward cannot go on without logits ({error})")
+            state.give_up(model, f"its forward cannot go on without logits ({error})")
+    return None
 
 
 class _DoesNotFit(Exception):

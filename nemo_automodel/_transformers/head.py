@@ -67,7 +67,8 @@ def head_of(model: nn.Module) -> nn.Linear | None:
 
     None: no head, a head of another class (LoRA on the head, quantised), or one sharded by itself.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    head = None if get_head is None else get_head()
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or head._forward_hooks:
         return None
     return head

@@ -60,7 +60,7 @@ def load_config(
 
     Raises ModelError: not found, gated, offline, of a type this transformers does not know, or with code of its own.
     """
-    _check_is_model(name, revision, {k: v for k, v in overrides.items() if k in _HUB_OPTIONS})
+    _require_config(name, revision, {k: v for k, v in overrides.items() if k in _HUB_OPTIONS})
     overrides = {k: v for k, v in overrides.items() if k not in _OTHER_WEIGHTS}
     try:
         config, _ = patiently(
@@ -121,18 +121,19 @@ def load_weights(
     if direct:
         arguments["device_map"] = {"": device}
     try:
-        model, info = patiently(
-            lambda: auto_class.from_pretrained(
-                name,
-                config=config,
-                dtype=dtype,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # listed in info, and refused below with both shapes
-                **{"use_safetensors": True, **arguments},
+        with _own_report():
+            model, info = patiently(
+                lambda: auto_class.from_pretrained(
+                    name,
+                    config=config,
+                    dtype=dtype,
+                    revision=revision,
+                    trust_remote_code=trust_remote_code,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # listed in info, and refused below with both shapes
+                    **{"use_safetensors": True, **arguments},
+                )
             )
-        )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -167,7 +168,8 @@ def initialize(
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
     """Raise ModelError where ``tokenizer`` makes ids that the model's embedding has no row for."""
-    rows = model.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
+    embedding: Any = model.get_input_embeddings()
+    rows = embedding.weight.shape[0]
     if len(tokenizer) > rows:
         raise ModelError(
             f"tokenizer {tokenizer.name_or_path} has {len(tokenizer)} tokens, but the embedding of "
@@ -176,7 +178,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
         )
 
 
-def _check_is_model(name: str, revision: str | None, hub: dict[str, Any]) -> None:
+def _require_config(name: str, revision: str | None, hub: dict[str, Any]) -> None:
     if fetch(name, "config.json", revision, **hub) is not None:
         return
     if fetch(name, "adapter_config.json", revision, **hub) is not None:
@@ -242,6 +244,18 @@ def _require_finite(name: str, model: PreTrainedModel) -> None:
         key, parameter = tensors[i]
         if not torch.isfinite(parameter).all():
             raise ModelError(f"model {name}: tensor {key} holds NaN or infinity; the checkpoint is damaged")
+
+
+@contextmanager
+def _own_report() -> Iterator[None]:
+    """Keep transformers' table of missing and unexpected tensors off the screen: each is reported, or raised, here."""
+    theirs = logging.getLogger("transformers.modeling_utils")
+    level = theirs.level
+    theirs.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        theirs.setLevel(level)
 
 
 @contextmanager

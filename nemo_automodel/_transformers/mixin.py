@@ -53,7 +53,8 @@ class AutoModelMixin:
 def adopt(model: PreTrainedModel) -> PreTrainedModel:
     """Give ``model`` the mixin, in place; a model that has it is left alone."""
     if not isinstance(model, AutoModelMixin):
-        model.__class__ = _subclass(type(model))
+        base: Any = type(model)
+        model.__class__ = _subclass(base)
     return model
 
 
@@ -76,7 +77,7 @@ def _subclass(base: type) -> type:
 
 
 def _rebuild(base: type) -> Any:
-    cls = _subclass(base)
+    cls: Any = _subclass(base)
     return cls.__new__(cls)
 
 

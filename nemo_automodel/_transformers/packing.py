@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -37,7 +39,8 @@ def _mixing_layers(model: nn.Module) -> str:
     text = config.get_text_config() if isinstance(config, PretrainedConfig) else None
     kinds = {str(kind) for kind in getattr(text, "layer_types", None) or ()}
     found = sorted(kinds - _KEEPS_DOCUMENTS_APART)
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    decoder: nn.Module = (get_decoder and get_decoder()) or model
     for path, module in decoder.named_modules():
         if isinstance(module, nn.Conv1d) or hasattr(module, "A_log") or hasattr(module, "ssm_state_size"):
             found.append(f"{path}: {type(module).__name__}")

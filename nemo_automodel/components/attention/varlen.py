@@ -5,14 +5,16 @@ On CUDA in 16 bit, torch's variable-length flash attention; elsewhere one SDPA c
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-try:
+varlen_attn: Any = None
+with contextlib.suppress(ImportError):  # a torch built without it
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # a torch built without it
-    varlen_attn = None
 
 _MAX_HEAD_SIZE = 256  # of the flash kernel behind varlen_attn
 
