@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare checkout
+
 from nemo_automodel.kernels import lora_triton, reference
 from nemo_automodel.kernels.lora import lora_linear
 
@@ -45,10 +47,11 @@ class Case:
         self.b = (randn(n, rank) * 0.1).requires_grad_()
         self.dy = randn(TOKENS, n).bfloat16()
 
-    def outputs(self, forward: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
-        """y, dX, dA, dB."""
-        y = forward(self.x, self.weight, self.a, self.b)
-        return [y.detach(), *torch.autograd.grad(y, [self.x, self.a, self.b], self.dy.to(y.dtype))]
+    def outputs(self, forward: Callable[..., torch.Tensor], dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
+        """y, dX, dA, dB, with activations and weight in ``dtype``."""
+        x = self.x.detach().to(dtype).requires_grad_()
+        y = forward(x, self.weight.to(dtype), self.a, self.b)
+        return [y.detach(), *torch.autograd.grad(y, [x, self.a, self.b], self.dy.to(dtype))]
 
 
 def base_only(x, w, a, b):
@@ -101,6 +104,7 @@ def median_ms(run: Callable[[], object], repeats: int) -> float:
     events = []
     for _ in range(repeats):
         _flush.zero_()
+        torch.cuda._sleep(1_000_000)  # about half a millisecond, in which the host gets ahead, as in training
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()
@@ -112,7 +116,7 @@ def median_ms(run: Callable[[], object], repeats: int) -> float:
 
 def errors(case: Case) -> dict[str, dict[str, float]]:
     """Relative error of the op and of torch's bf16 against fp32, for y, dX, dA and dB."""
-    exact = case.outputs(lambda x, w, a, b: reference.lora_linear(x, w, None, a, b, SCALE))
+    exact = case.outputs(lambda x, w, a, b: reference.lora_linear(x, w, None, a, b, SCALE), torch.float32)
     result: dict[str, dict[str, float]] = {}
     for name, forward in (("op", op), ("torch", plain_torch)):
         for part, value, want in zip(("y", "dx", "da", "db"), case.outputs(forward), exact, strict=True):

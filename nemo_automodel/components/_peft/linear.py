@@ -82,7 +82,9 @@ class LoRALinear(nn.Module):
         return (
             runs_on(x.device.type)
             and x.dtype == self.weight.dtype
+            and x.dtype != torch.float64
             and not self.weight.requires_grad
+            and (self.bias is None or not self.bias.requires_grad)
             and not isinstance(x, DTensor)
             and not isinstance(self.weight, DTensor)
             and x.numel() > 0
