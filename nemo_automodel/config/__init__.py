@@ -4,6 +4,5 @@ Nothing here imports torch or transformers: a mistake is reported in a fraction 
 """
 
 from nemo_automodel.config.config import Config, SectionConfig, load
-from nemo_automodel.config.overrides import Override, parse_overrides
 
-__all__ = ["Config", "Override", "SectionConfig", "load", "parse_overrides"]
+__all__ = ["Config", "SectionConfig", "load"]

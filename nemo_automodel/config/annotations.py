@@ -117,7 +117,11 @@ class Annotations:
             kinds = _item_annotations(container, len(node.value)) if container is not None else None
             for i, item in enumerate(node.value):
                 known = kinds is not None and i < len(kinds) and isinstance(container, ast.Subscript)
-                yield from self._check(item, f"{path}.{i}", kinds[i], module) if known and kinds else _traps(item, f"{path}.{i}")
+                yield from (
+                    self._check(item, f"{path}.{i}", kinds[i], module)
+                    if known and kinds
+                    else _traps(item, f"{path}.{i}")
+                )
         elif isinstance(node.value, dict) and "_target_" not in node.value:
             for key, item in node.value.items():
                 yield from _traps(item, f"{path}.{key}")
@@ -153,10 +157,14 @@ class Annotations:
             return False
         lineage = self._sources.lineage(found)
         named = [ast.unparse(b) for cls in lineage if cls is not None for b in getattr(cls.node, "bases", ())]
-        return None not in lineage and not any(n.split("[")[0].rpartition(".")[2] in _SCALAR_BASES or "Enum" in n for n in named)
+        return None not in lineage and not any(
+            n.split("[")[0].rpartition(".")[2] in _SCALAR_BASES or "Enum" in n for n in named
+        )
 
     def _explain(self, node: Node, annotation: ast.expr, members: list[ast.expr]) -> tuple[str, str]:
-        choices = [str(v) for m in members if _name(m) == "Literal" and isinstance(m, ast.Subscript) for v in _literals(m)]
+        choices = [
+            str(v) for m in members if _name(m) == "Literal" and isinstance(m, ast.Subscript) for v in _literals(m)
+        ]
         names = _simple(members)
         if choices and (isinstance(node.value, str) or not names - {"None"}):
             close = nearest(str(node.value), choices)
@@ -192,14 +200,27 @@ def _fix(node: Node, names: set[str], members: list[ast.expr]) -> str:
 
 
 def _describe(node: Node) -> str:
-    kinds = {dict: "a mapping", list: "a list", str: "text", bool: "true/false", int: "a whole number", float: "a number"}
+    kinds = {
+        dict: "a mapping",
+        list: "a list",
+        str: "text",
+        bool: "true/false",
+        int: "a whole number",
+        float: "a number",
+    }
     return kinds.get(type(node.value), "null")
 
 
 def _traps(node: Node, path: str) -> Iterator[Misfit]:
     if node.trap is not None:
         yield Misfit(node, path, *_split(node.trap))
-    items = node.value.items() if isinstance(node.value, dict) else enumerate(node.value) if isinstance(node.value, list) else ()
+    items = (
+        node.value.items()
+        if isinstance(node.value, dict)
+        else enumerate(node.value)
+        if isinstance(node.value, list)
+        else ()
+    )
     if not (isinstance(node.value, dict) and "_target_" in node.value):
         for key, child in items:
             yield from _traps(child, f"{path}.{key}")

@@ -16,7 +16,7 @@ from nemo_automodel.config.validate import Call
 Calls = dict[str, Call | None]
 
 _DTYPES = ("float32", "bfloat16", "float16", "auto")
-_DTYPE_NAMES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+_SHORT_DTYPES = ("fp32", "bf16", "fp16", "float", "half")
 _DTYPE_KEYS = ("dtype", "torch_dtype", "master_dtype", "lora_dtype", "compute_dtype", "export_dtype")
 _AT_LEAST_ONE = ("max_steps", "num_epochs", "global_batch_size", "local_batch_size", "ckpt_every_steps", "val_every_steps", "log_every_steps")  # fmt: skip
 _NOT_NEGATIVE = ("lr", "weight_decay", "eps", "warmup_steps", "min_lr_ratio", "min_lr", "max_norm", "alpha", "packed_sequence_size", "num_workers", "seed")  # fmt: skip
@@ -42,7 +42,9 @@ def _numbers(calls: Calls, file: str) -> Iterator[str]:
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         if math.isnan(value):
-            yield _message(node, path, "not a number", "write a number such as 1e-4" if key == "lr" else "write a number")
+            yield _message(
+                node, path, "not a number", "write a number such as 1e-4" if key == "lr" else "write a number"
+            )
         elif key in _NOT_NEGATIVE and value < 0:
             yield _message(node, path, "negative", "write a number such as 1e-4" if key == "lr" else "write 0 or more")
         elif key == "lr" and math.isinf(value):
@@ -56,8 +58,8 @@ def _dtypes(calls: Calls, file: str) -> Iterator[str]:
         if path.rpartition(".")[2] not in _DTYPE_KEYS or not isinstance(node.value, str):
             continue
         name = node.value.removeprefix("torch.")
-        if name not in _DTYPES:
-            close = _DTYPE_NAMES.get(name.lower()) or nearest(name, _DTYPES)
+        if name not in (*_DTYPES, *_SHORT_DTYPES, "none"):
+            close = nearest(name, (*_DTYPES, *_SHORT_DTYPES))
             fix = f"did you mean `{close}`?" if close else f"write one of {', '.join(_DTYPES)}"
             yield _message(node, path, f"unsupported dtype (there are {', '.join(_DTYPES)})", fix)
 
@@ -87,8 +89,12 @@ def _mesh(calls: Calls, file: str) -> Iterator[str]:
         return
     if math.prod(sizes) != int(world):
         node, path = _written(call, "dp_size", "tp_size", "cp_size")
-        counted = " x ".join(f"{key} {size}" for key, size in zip(("dp_size", "tp_size", "cp_size"), sizes, strict=True))
-        yield _message(node, path, f"{counted} = {math.prod(sizes)}, but {world} processes were started", "write dp_size: none")
+        counted = " x ".join(
+            f"{key} {size}" for key, size in zip(("dp_size", "tp_size", "cp_size"), sizes, strict=True)
+        )
+        yield _message(
+            node, path, f"{counted} = {math.prod(sizes)}, but {world} processes were started", "write dp_size: none"
+        )
 
 
 def _warmup(calls: Calls, file: str) -> Iterator[str]:
@@ -118,10 +124,10 @@ def _merged(calls: Calls, file: str) -> Iterator[str]:
 def _output(calls: Calls, file: str) -> Iterator[str]:
     call = calls.get("checkpoint")
     folder = _value(call, "checkpoint_dir")
-    if call is None or not isinstance(folder, str):
+    if call is None or not isinstance(folder, str) or _value(call, "enabled") is False:
         return
     node, path = _written(call, "checkpoint_dir")
-    place = Path(folder).absolute()
+    place = Path(folder).expanduser().absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
     if not place.is_dir():
@@ -133,16 +139,26 @@ def _output(calls: Calls, file: str) -> Iterator[str]:
 def _restore(calls: Calls, file: str) -> Iterator[str]:
     call = calls.get("checkpoint")
     wanted, folder = _value(call, "restore_from"), _value(call, "checkpoint_dir")
-    if call is None or not isinstance(wanted, str) or not isinstance(folder, str) or "restore_from" not in call.arguments:
+    if (
+        call is None
+        or not isinstance(wanted, str)
+        or not isinstance(folder, str)
+        or "restore_from" not in call.arguments
+    ):
         return
+    folder = str(Path(folder).expanduser())
     there = sorted(p.name for p in Path(folder).glob("*/") if _is_checkpoint(p)) if Path(folder).is_dir() else []
     named = [Path(wanted), Path(folder) / wanted]
     if any(_is_checkpoint(p) or any(map(_is_checkpoint, p.glob("*/"))) for p in named if p.is_dir()):
         return
-    if wanted.lower() in ("latest", "best", "auto") and (there or wanted.lower() == "auto"):
-        return
+    if wanted == "latest" or (wanted == "best" and there):
+        return  # latest starts anew, and says so, where there is nothing yet: a requeued job needs no other command
     node, path = _written(call, "restore_from")
-    fix = f"there are {', '.join(there)}" if there else f"{folder} holds no complete checkpoint; leave restore_from out to start anew"
+    fix = (
+        f"there are {', '.join(there)}"
+        if there
+        else f"{folder} holds no complete checkpoint; leave restore_from out to start anew"
+    )
     yield _message(node, path, "nothing to restore", fix)
 
 
@@ -172,7 +188,13 @@ def _leaves(calls: Calls) -> Iterator[tuple[str, Node]]:
 
 def _walk(path: str, node: Node) -> Iterator[tuple[str, Node]]:
     yield path, node
-    items = node.value.items() if isinstance(node.value, dict) else enumerate(node.value) if isinstance(node.value, list) else ()
+    items = (
+        node.value.items()
+        if isinstance(node.value, dict)
+        else enumerate(node.value)
+        if isinstance(node.value, list)
+        else ()
+    )
     for key, child in items:
         yield from _walk(f"{path}.{key}", child)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import traceback
 from collections.abc import Mapping, Sequence
@@ -9,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from nemo_automodel.config.checks import check_values
-from nemo_automodel.config.overrides import Override, apply_override
+from nemo_automodel.config.overrides import apply_override, parse_overrides
 from nemo_automodel.config.sections import RECIPES, Presence, Section
 from nemo_automodel.config.signatures import COMPUTED, REQUIRED
 from nemo_automodel.config.targets import TargetPolicy
 from nemo_automodel.config.tree import Node, load_yaml
-from nemo_automodel.config.validate import Call, Validator
+from nemo_automodel.config.validate import Call, Validator, takes_anything
 from nemo_automodel.errors import ConfigError
 
 _KEY_FIRST = re.compile(r"([A-Za-z_]\w*(?:\.\w+)+)(?==|:)")
@@ -65,14 +66,23 @@ class SectionConfig:
             return None
         target = self._load(call.target, call.section, call.where)
         arguments = {key: self._build(node, f"{call.section}.{key}") for key, node in call.arguments.items()}
-        taken = {key: value for key, value in offered.items() if self._takes(key)}
+        taken = self._taken(target, offered)
         fixed = {key: value for key, value in taken.items() if key in self._spec.fixed}
         self._read |= set(call.arguments)
         return self._invoke(target, {**call.defaults, **taken, **arguments, **fixed}, call.section, call.where)
 
-    def _takes(self, key: str) -> bool:
+    def _taken(self, target: Any, offered: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of ``offered`` that the target names; all of them where it is the user's own and has ``**kwargs``."""
         signature = self._call.signature  # type: ignore[union-attr]
-        return signature.accepts(key) or (signature.known and signature.open and not signature.target.startswith(("torch", "transformers", "datasets")))  # fmt: skip
+        if signature.known:
+            takes_all = takes_anything(signature)
+            return {key: value for key, value in offered.items() if takes_all or signature.accepts(key)}
+        try:
+            parameters = inspect.signature(target).parameters  # made at run time: its source did not say
+        except (TypeError, ValueError):
+            return {}
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        return {key: value for key, value in offered.items() if takes_all or key in parameters}
 
     def _build(self, node: Node, path: str) -> Any:
         """The value of ``node``, every nested ``_target_`` called."""
@@ -101,7 +111,9 @@ class SectionConfig:
             if len(traceback.extract_tb(error.__traceback__)) > _OWN_FRAMES + 1:
                 raise
             name = getattr(target, "__qualname__", repr(target))
-            raise ConfigError(f"{where} {path}: {name} refuses its arguments: {error}; correct them in `{path}`") from error
+            raise ConfigError(
+                f"{where} {path}: {name} refuses its arguments: {error}; correct them in `{path}`"
+            ) from error
 
     def _located(self, error: ConfigError) -> ConfigError:
         """Put file and line before a component's message that starts with one of this section's keys."""
@@ -118,7 +130,9 @@ class Config:
         path: The YAML it came from.
     """
 
-    def __init__(self, path: Path, sections: Mapping[str, Section], calls: dict[str, Call | None], policy: TargetPolicy):
+    def __init__(
+        self, path: Path, sections: Mapping[str, Section], calls: dict[str, Call | None], policy: TargetPolicy
+    ):
         self.path = path
         self._calls = calls
         self._sections = {name: SectionConfig(name, spec, calls[name], policy) for name, spec in sections.items()}
@@ -155,7 +169,10 @@ class Config:
         for name, section in self._sections.items():
             call = self._calls[name]
             unread = {key: node for key, node in call.arguments.items() if key not in section._read} if call else {}
-            problems += [f"{node.where} {name}.{key}={node.shown()}: nothing has read this; remove it" for key, node in unread.items()]
+            problems += [
+                f"{node.where} {name}.{key}={node.shown()}: nothing has read this; remove it"
+                for key, node in unread.items()
+            ]
         if problems:
             raise ConfigError("\n".join(problems))
 
@@ -174,7 +191,7 @@ class Config:
 
 def load(
     path: str | Path,
-    overrides: Sequence[Override] = (),
+    overrides: Sequence[str] = (),
     allow_targets: Sequence[str] = (),
     recipe: str = "llm",
     extra_sections: Mapping[str, Section] | None = None,
@@ -183,7 +200,7 @@ def load(
 
     Args:
         path: The YAML file.
-        overrides: From the command line, applied in order.
+        overrides: As on the command line (``--section.key=value``), applied in order.
         allow_targets: Packages or ``.py`` files (relative to the YAML) that ``_target_`` may name besides the trusted.
         recipe: Which table of sections applies.
         extra_sections: More sections, for a recipe of one's own.
@@ -193,7 +210,7 @@ def load(
     """
     sections = {**RECIPES[recipe], **(extra_sections or {})}
     root = load_yaml(path)
-    for override in overrides:
+    for override in parse_overrides(overrides):
         apply_override(root, override)
     policy = TargetPolicy(allow_targets, Path(path).parent)
     validator = Validator(sections, policy, str(path))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import re
 
-_HEADING = re.compile(r"^(Args|Arguments|Parameters|Keyword Args|Keyword Arguments|Attributes|Returns?|Yields|Raises|Examples?|Notes?):\s*$")
+_HEADING = re.compile(
+    r"^(Args|Arguments|Parameters|Keyword Args|Keyword Arguments|Attributes|Returns?|Yields|Raises|Examples?|Notes?):\s*$"
+)
 _TAKES_ARGUMENTS = ("Args", "Arguments", "Parameters", "Keyword Args", "Keyword Arguments")
 _ENTRY = re.compile(r"^(\*{0,2}[A-Za-z_]\w*(?:, \*{0,2}[A-Za-z_]\w*)*)\s*(?:\(.*\))?:\s*(.*)$")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nemo_automodel.config.suggest import did_you_mean
@@ -93,16 +93,21 @@ def _require_mapping(node: Node, walked: str, override: Override) -> None:
         )
 
 
-def split_options(argv: Sequence[str], flags: Sequence[str], valued: dict[str, str]) -> tuple[dict[str, list[str]], list[str]]:
+def split_options(
+    argv: Sequence[str], flags: Sequence[str], valued: Mapping[str, str]
+) -> tuple[dict[str, list[str]], list[str]]:
     """Take the command's own options out of ``argv``; what is left are overrides.
 
     Args:
         argv: Arguments after the verb.
         flags: Options without a value, such as ``--help``.
-        valued: Options with one, mapped to the name they are returned under (``{"-c": "config"}``).
+        valued: Options with one, and an example of it for messages (``{"--config": "recipe.yaml"}``).
 
     Returns:
-        ``(options, rest)``: every option's values in order (flags under their own spelling), and the rest.
+        ``(options, rest)``: the values of every option given, in order (none for a flag), and the rest.
+
+    Raises:
+        ConfigError: An option without its value, or one that there is not.
     """
     options: dict[str, list[str]] = {}
     left: list[str] = []
@@ -110,17 +115,18 @@ def split_options(argv: Sequence[str], flags: Sequence[str], valued: dict[str, s
     while rest:
         argument = rest.pop(0)
         name, equals, value = argument.partition("=")
+        has_next = bool(rest) and not rest[0].startswith("--")
         if argument in flags:
             options.setdefault(argument, [])
         elif name in valued:
-            if not equals and (not rest or rest[0].startswith("--")):
+            if not equals and not has_next:
                 raise ConfigError(f"{COMMAND_LINE} {name}: no value; write {name} {valued[name]}")
-            options.setdefault(valued[name], []).append(value if equals else rest.pop(0))
-        elif argument.startswith("-") and "." not in name and not equals and (not rest or rest[0].startswith("-")):
+            options.setdefault(name, []).append(value if equals else rest.pop(0))
+        elif argument.startswith("-") and "." not in name and not equals and not has_next:
             hint = did_you_mean(name, [*flags, *valued]) or "overrides are written --section.key=value"
             raise ConfigError(f"{COMMAND_LINE} {argument}: unknown option; {hint}")
         else:
             left.append(argument)
-            if argument.startswith("--") and not equals and rest and not rest[0].startswith("--"):
+            if argument.startswith("--") and not equals and has_next:
                 left.append(rest.pop(0))
     return options, left

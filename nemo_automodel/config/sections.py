@@ -142,7 +142,9 @@ LLM: dict[str, Section] = {
 RECIPES: dict[str, dict[str, Section]] = {"llm": LLM}
 
 
-def default_arguments(name: str, section: Section, target: str, given: Mapping[str, Any], has_peft: bool) -> dict[str, Any]:
+def default_arguments(
+    name: str, section: Section, target: str, given: Mapping[str, Any], has_peft: bool
+) -> dict[str, Any]:
     """Our defaults for this call: none for another target, and none that contradict what the YAML says."""
     if target != section.target:
         return {}

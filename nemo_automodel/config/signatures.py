@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nemo_automodel.config.docstrings import arguments
@@ -120,14 +120,13 @@ class Signatures:
         if definition.owner is not None and not _has_decorator(node, "staticmethod"):
             parameters = dict(list(parameters.items())[1:])
         described = arguments(doc) | arguments(ast.get_docstring(node))
-        base = {"target": target, "parameters": parameters, "doc": described, "definition": definition}
+        signature = Signature(target, parameters, doc=described, definition=definition)
         if node.args.kwarg is None:
-            return Signature(**base)
+            return signature
         extra, is_open = self._extra(definition, node, depth)
-        extra |= {name for name in described if not name.startswith("_") and name not in ("args", "kwargs", node.args.kwarg.arg)}
-        hidden = {node.args.kwarg.arg, node.args.vararg.arg if node.args.vararg else ""}
-        extra = {name for name in extra if not name.startswith("_")} - hidden
-        return Signature(**base, extra=frozenset(extra), open=is_open, var_keyword=True)
+        hidden = {node.args.kwarg.arg, node.args.vararg.arg if node.args.vararg else "", "args", "kwargs"}
+        named = {name for name in extra | set(described) if not name.startswith("_")} - hidden
+        return replace(signature, extra=frozenset(named), open=is_open, var_keyword=True)
 
     def _of_class(self, target: str, definition: Definition, depth: int) -> Signature:
         lineage = self._sources.lineage(definition)
@@ -196,7 +195,10 @@ class Signatures:
         positional = [*spec.posonlyargs, *spec.args]
         padded: list[ast.expr | None] = [None] * (len(positional) - len(spec.defaults)) + list(spec.defaults)
         found = {}
-        for argument, default_node in [*zip(positional, padded, strict=True), *zip(spec.kwonlyargs, spec.kw_defaults, strict=True)]:
+        for argument, default_node in [
+            *zip(positional, padded, strict=True),
+            *zip(spec.kwonlyargs, spec.kw_defaults, strict=True),
+        ]:
             default, source = self._default(default_node, module)
             annotation = ast.unparse(argument.annotation) if argument.annotation else None
             only = argument in spec.posonlyargs
@@ -283,9 +285,9 @@ def _escapes(node: ast.AST, kwargs: str) -> bool:
     expected: set[int] = set()
     for part in ast.walk(node):
         parts: list[ast.AST] = []
-        if isinstance(part, ast.Attribute) and part.attr in ("pop", "get", "setdefault", "keys"):
-            parts = [part.value]
-        elif isinstance(part, ast.Subscript):
+        if (isinstance(part, ast.Attribute) and part.attr in ("pop", "get", "setdefault", "keys")) or isinstance(
+            part, ast.Subscript
+        ):
             parts = [part.value]
         elif isinstance(part, ast.Compare):
             parts = list(part.comparators)

@@ -210,14 +210,14 @@ class Sources:
             trail.missing = top
             return None
         trail.modules.append(top)
-        found: Definition | None = Definition("module", top, "")
+        found = Definition("module", top, "")
         for name in rest:
-            assert found is not None
-            found, previous = self._step(found, name, trail, set()), found
-            if found is None:
+            member = self._step(found, name, trail, set())
+            if member is None:
                 trail.missing = name
-                trail.nearest = nearest(name, self._names_in(previous, name))
+                trail.nearest = nearest(name, self._names_in(found, name))
                 return None
+            found = member
         return found
 
     def in_module(self, module_name: str, dotted: str) -> Definition | None:
@@ -316,7 +316,9 @@ class Sources:
             found = self._step(found, name, trail, visiting) if found is not None else None
         return found
 
-    def _through_stars(self, module: Module, name: str, trail: Trail, visiting: set[tuple[str, str]]) -> Definition | None:
+    def _through_stars(
+        self, module: Module, name: str, trail: Trail, visiting: set[tuple[str, str]]
+    ) -> Definition | None:
         for origin in _promising(module.stars, name):
             target = self.module(origin)
             if target is None or target.source_missing:
@@ -344,7 +346,9 @@ class Sources:
         return self._public_names(module, name, depth=4) if module is not None else set()
 
     def _public_names(self, module: Module, name: str, depth: int) -> set[str]:
-        names = {bound for bound, value in module.bindings.items() if not bound.startswith("_") and _may_be_callable(value)}
+        names = {
+            bound for bound, value in module.bindings.items() if not bound.startswith("_") and _may_be_callable(value)
+        }
         names.update(sub for sub in module.submodules() if not sub.startswith("_"))
         for origin in _promising(module.stars, name) if depth else ():
             target = self.module(origin)
@@ -383,7 +387,9 @@ def _member_kind(statement: ast.stmt, name: str) -> str | None:
     if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and statement.name == name:
         return "class" if isinstance(statement, ast.ClassDef) else "function"
     targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
-    if isinstance(statement, ast.Assign | ast.AnnAssign) and any(isinstance(t, ast.Name) and t.id == name for t in targets):
+    if isinstance(statement, ast.Assign | ast.AnnAssign) and any(
+        isinstance(t, ast.Name) and t.id == name for t in targets
+    ):
         return "opaque" if isinstance(statement.value, ast.Call | ast.Name | ast.Attribute) else "value"
     return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import SequenceMatcher, get_close_matches
+from difflib import SequenceMatcher
 
 ELSEWHERE = {
     "per_device_train_batch_size": "step_scheduler.local_batch_size",
@@ -78,14 +78,24 @@ ELSEWHERE = {
 
 def nearest(name: str, valid: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The valid name most like ``name``, case, dashes and underscores aside; None where none is alike."""
-    candidates = sorted(set(valid))
     word = _squash(name)
-    alike = get_close_matches(word, {_squash(c) for c in candidates}, n=1, cutoff=cutoff)
-    if not alike and len(word) >= 3:
-        inside = {s for s in map(_squash, candidates) if len(s) >= 3 and (s in word or word in s)}
-        alike = sorted(inside, key=lambda s: -SequenceMatcher(None, s, word).ratio())[:1]
-    written = [c for c in candidates if _squash(c) in alike]
-    return max(written, key=lambda c: SequenceMatcher(None, c, name).ratio()) if written else None
+    best: tuple[float, float] = (0.0, 0.0)
+    found = None
+    for candidate in dict.fromkeys(valid):
+        other = _squash(candidate)
+        likeness = _likeness(word, other)
+        score = (likeness, _likeness(name, candidate))
+        if likeness >= cutoff and score > best:
+            best, found = score, candidate
+    return found
+
+
+def _likeness(word: str, other: str) -> float:
+    """Ratio of matching letters; at least 0.6 where one holds all of the other."""
+    matcher = SequenceMatcher(None, word, other)
+    if min(len(word), len(other)) >= 3 and (word in other or other in word):
+        return max(0.6, matcher.ratio())
+    return matcher.ratio() if matcher.real_quick_ratio() >= 0.6 and matcher.quick_ratio() >= 0.6 else 0.0
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

@@ -64,7 +64,9 @@ class TargetPolicy:
     def __init__(self, allow: Sequence[str] = (), folder: str | Path = "."):
         entries = [*allow, *(e.strip() for e in os.environ.get(ENV_ALLOW, "").split(",") if e.strip())]
         self._folder = Path(folder)
-        self._files = {f.resolve() for e in entries if e.endswith(".py") for f in (self._folder / e, Path(e)) if f.is_file()}
+        self._files = {
+            f.resolve() for e in entries if e.endswith(".py") for f in (self._folder / e, Path(e)) if f.is_file()
+        }
         self._names = [e for e in entries if not e.endswith(".py")]
         self.sources = Sources(extra_path=[str(Path.cwd()), str(self._folder.resolve())])
         for entry in entries:
@@ -97,7 +99,9 @@ class TargetPolicy:
         match = _FILE.fullmatch(target)
         if match is not None:
             self._find_in_file(target, match["file"], match["name"])
-            found: Any = functools.reduce(getattr, match["name"].split("."), self._import_file(self._file(match["file"])))
+            found: Any = functools.reduce(
+                getattr, match["name"].split("."), self._import_file(self._file(match["file"]))
+            )
         else:
             self._require_allowed_name(target)
             found = self._import_dotted(target)
@@ -170,7 +174,11 @@ class TargetPolicy:
             return f"there is no package {root}; install it, or check the name"
         before = target[: target.rindex(trail.missing)]
         after = target[len(before) + len(trail.missing) :]
-        hint = f"did you mean `{before}{trail.nearest}{after}`?" if trail.nearest else f"look for its name in {before[:-1]}"
+        hint = (
+            f"did you mean `{before}{trail.nearest}{after}`?"
+            if trail.nearest
+            else f"look for its name in {before[:-1]}"
+        )
         return f"{before[:-1]} has no `{trail.missing}`; {hint}"
 
     def _import_dotted(self, target: str) -> Any:

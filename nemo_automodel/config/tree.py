@@ -97,7 +97,9 @@ def load_yaml(path: str | Path) -> Node:
         raise ConfigError(f"{path}: the file is empty; write a recipe: a mapping with at least model and dataset")
     node = _Builder(str(path)).build(root, Where(str(path), 1, 1), "")
     if not node.is_mapping:
-        raise ConfigError(f"{path}:1: the root is not a mapping; write `section:` lines such as `model:` and `dataset:`")
+        raise ConfigError(
+            f"{path}:1: the root is not a mapping; write `section:` lines such as `model:` and `dataset:`"
+        )
     return node
 
 
@@ -217,7 +219,9 @@ def _compose(text: str, file: str) -> yaml.Node | None:
 
 def _relocate(node: Node, where: Where) -> None:
     node.where = where
-    children = node.value.values() if isinstance(node.value, dict) else node.value if isinstance(node.value, list) else ()
+    children = (
+        node.value.values() if isinstance(node.value, dict) else node.value if isinstance(node.value, list) else ()
+    )
     for child in children:
         _relocate(child, where)
 
@@ -246,6 +250,7 @@ class _Builder:
         if isinstance(node, yaml.SequenceNode):
             items = [self.build(item, self._at(item), f"{path}.{i}", depth + 1) for i, item in enumerate(node.value)]
             return Node(items, where)
+        assert isinstance(node, yaml.ScalarNode)
         if node.style in ("'", '"', "|", ">"):
             text = interpolate(node.value, where, path)
             return Node(text, where, text)
@@ -274,7 +279,9 @@ class _Builder:
         sources = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
         for source in sources:
             if not isinstance(source, yaml.MappingNode):
-                raise ConfigError(f"{self._at(value_node)} {path or '<root>'}: `<<` takes a mapping; write `<<: *anchor`")
+                raise ConfigError(
+                    f"{self._at(value_node)} {path or '<root>'}: `<<` takes a mapping; write `<<: *anchor`"
+                )
             for key, child in self.build(source, self._at(source), path, depth + 1).value.items():
                 into.setdefault(key, child)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_automodel.config.annotations import Annotations
+from nemo_automodel.config.model_types import config_classes
 from nemo_automodel.config.sections import Presence, Section, default_arguments
 from nemo_automodel.config.signatures import REQUIRED, Signature, Signatures
 from nemo_automodel.config.suggest import ELSEWHERE, known_elsewhere, nearest
@@ -16,6 +18,9 @@ from nemo_automodel.errors import ConfigError
 
 _NEAR = 0.85
 """How alike a key and a known name must be for the key to count as a typo, where any keyword might be accepted."""
+
+
+_SIMPLE = re.compile(r"\b(int|float|bool|str)\b")
 
 
 @dataclass
@@ -70,7 +75,9 @@ class Validator:
                 self._say(node, key, "unknown section", self._hint_for_section(key))
         peft = root.value.get("peft")
         has_peft = peft is not None and peft.value is not None
-        return {name: self._section(name, spec, root.value.get(name), has_peft) for name, spec in self._sections.items()}
+        return {
+            name: self._section(name, spec, root.value.get(name), has_peft) for name, spec in self._sections.items()
+        }
 
     def _section(self, name: str, spec: Section, node: Node | None, has_peft: bool) -> Call | None:
         if node is None or node.value is None:
@@ -91,7 +98,8 @@ class Validator:
             return None
         written = {key: child for key, child in node.value.items() if key != "_target_"}
         defaults = default_arguments(name, spec, target, {k: c.value for k, c in written.items()}, has_peft)
-        self._arguments(name, signature, written, {*spec.offered, *defaults}, at)
+        self._refuse_given(name, spec, signature, written)
+        self._arguments(name, signature, written, set(spec.offered), at)
         self._require_needed(name, spec, signature, at, has_peft)
         return Call(name, target, signature, written, defaults, node.where)
 
@@ -100,9 +108,16 @@ class Validator:
         if written is None and spec.target is not None:
             return spec.target
         if written is None:
-            alike = nearest("_target_", [key for key in node.value if "_target_" not in key or key.startswith("_")], cutoff=0.7)
+            alike = nearest(
+                "_target_", [key for key in node.value if "_target_" not in key or key.startswith("_")], cutoff=0.7
+            )
             fix = f"write `_target_` for `{alike}`" if alike else f"add `_target_: package.callable` ({spec.doc})"
-            self._say(node.value[alike] if alike else node, f"{name}.{alike}" if alike else name, "says not what to call: no `_target_`", fix)
+            self._say(
+                node.value[alike] if alike else node,
+                f"{name}.{alike}" if alike else name,
+                "says not what to call: no `_target_`",
+                fix,
+            )
             return None
         return self._text_of_target(written, name)
 
@@ -119,7 +134,9 @@ class Validator:
             self.problems.append(f"{node.where} {path}={target}: {error}")
             return None
 
-    def _arguments(self, path: str, signature: Signature, written: Mapping[str, Node], given: set[str], at: Node) -> None:
+    def _arguments(
+        self, path: str, signature: Signature, written: Mapping[str, Node], given: set[str], at: Node
+    ) -> None:
         """Check one call: every key known, every required one there, every value of the right type."""
         if not signature.known:
             for key, node in written.items():
@@ -127,11 +144,18 @@ class Validator:
             return
         for key, node in written.items():
             if not self._is_accepted(key, signature):
-                self._say(node, f"{path}.{key}", f"{signature.target} takes no such argument", self._hint(path, key, signature))
+                self._say(
+                    node,
+                    f"{path}.{key}",
+                    f"{signature.target} takes no such argument",
+                    self._hint(path, key, signature, given),
+                )
                 continue
             self._value(path, key, node, signature)
         missing = [
-            p.name for p in signature.parameters.values() if p.default is REQUIRED and p.name not in written and p.name not in given
+            p.name
+            for p in signature.parameters.values()
+            if p.default is REQUIRED and p.name not in written and p.name not in given
         ]
         for name in missing:
             self.problems.append(
@@ -157,7 +181,26 @@ class Validator:
                 self._say(misfit.node, full + misfit.path, "null, and it is required", misfit.fix)
             else:
                 self._say(misfit.node, full + misfit.path, misfit.problem, misfit.fix)
+        if full == "model.config" and isinstance(node.value, dict) and "_target_" not in node.value:
+            self._model_config(node, full)
         self._nested(node, full)
+
+    def _model_config(self, node: Node, path: str) -> None:
+        """A config written out as a mapping: its fields are those of the class behind ``model_type``."""
+        written = node.value.get("model_type")
+        known = config_classes(self._policy.sources)
+        if written is None:
+            self._say(node, path, "no model_type", "add `model_type: llama`, or another that transformers knows")
+        elif known and written.value not in known:
+            close = nearest(str(written.value), known)
+            fix = f"did you mean `{close}`?" if close else "upgrade transformers, or check the name"
+            self._say(written, f"{path}.model_type", "not one that the installed transformers knows", fix)
+        elif known:
+            target = known[written.value]
+            signature = self._signature(target, written, path)
+            fields = {key: child for key, child in node.value.items() if key != "model_type"}
+            if signature is not None:
+                self._arguments(path, signature, fields, set(signature.parameters), written)
 
     def _nested(self, node: Node, path: str) -> None:
         """Find and check every ``_target_`` below ``node``."""
@@ -177,15 +220,27 @@ class Validator:
                     self._say(child, f"{path}.{key}", "unknown key", "did you mean `_target_`?")
                 self._nested(child, f"{path}.{key}")
 
+    def _refuse_given(self, name: str, spec: Section, signature: Signature, written: Mapping[str, Node]) -> None:
+        """A value for what the recipe builds itself (a tokenizer, a mesh) is a value in the wrong place."""
+        for key in [key for key in spec.offered if key in written]:
+            node, parameter = written[key], signature.parameters.get(key)
+            is_simple = parameter is not None and _SIMPLE.search(parameter.annotation or "") is not None
+            if (node.is_mapping and "_target_" in node.value) or (
+                is_simple and not isinstance(node.value, dict | list)
+            ):
+                continue
+            fix = f"write the section `{key}:` beside `{name}:`" if key in self._sections else "remove it"
+            self._say(node, f"{name}.{key}", "the recipe passes this itself", fix)
+
     def _require_needed(self, name: str, spec: Section, signature: Signature, at: Node, has_peft: bool) -> None:
         needed = [*spec.needed, *(["peft"] if name == "model" and has_peft else [])]
         for argument in needed:
-            if signature.known and not signature.accepts(argument) and not _takes_anything(signature):
+            if signature.known and not signature.accepts(argument) and not takes_anything(signature):
                 fix = f"write {spec.target}" if spec.target else f"give it a parameter `{argument}`"
                 self._say(at, f"{name}._target_", f"the recipe passes `{argument}`, which it does not take", f"{fix}, or add the parameter to yours")  # fmt: skip
 
-    def _hint(self, path: str, key: str, signature: Signature) -> str:
-        names = ["_target_", *signature.names()]
+    def _hint(self, path: str, key: str, signature: Signature, given: set[str]) -> str:
+        names = ["_target_", *(name for name in signature.names() if name not in given)]
         section = path.partition(".")[0]
         elsewhere = ELSEWHERE.get(key, "")
         if elsewhere.partition(".")[0] == section and elsewhere.partition(".")[2] in names:
@@ -196,7 +251,7 @@ class Validator:
         close = close or nearest(key, names)
         home = self._home_of(key, section) if close is None else None
         hint = f"did you mean `{close}`? " if close else f"`{key}` belongs to `{home}`. " if home else ""
-        return f"{hint}It takes {_listed(signature)}"
+        return f"{hint}It takes {_listed(signature, given)}"
 
     def _hint_for_section(self, key: str) -> str:
         close = nearest(key, self._sections, 0.75)
@@ -224,7 +279,9 @@ class Validator:
         return None
 
     def _missing_section(self, name: str, spec: Section, node: Node | None) -> None:
-        example = f"pretrained_model_name_or_path: <Hub ID or local path>" if name == "model" else "_target_: package.callable"  # noqa: F541
+        example = (
+            "pretrained_model_name_or_path: <Hub ID or local path>" if name == "model" else "_target_: package.callable"
+        )
         where = node.where if node is not None else Where(self._file)
         problem = "null, and it is required" if node is not None else "missing section"
         self.problems.append(f"{where} {name}: {problem}; add `{name}:` with `{example}` ({spec.doc})")
@@ -234,13 +291,13 @@ class Validator:
         self.problems.append(f"{node.where} {path}{shown}: {problem}; {fix}")
 
 
-def _takes_anything(signature: Signature) -> bool:
+def takes_anything(signature: Signature) -> bool:
     """A ``**kwargs`` of the user's own code is taken at its word; a library's would only pass our names on."""
     root = signature.target.partition(".")[0]
     return signature.open and root not in ("torch", "transformers", "datasets", "torchdata")
 
 
-def _listed(signature: Signature) -> str:
-    names = list(signature.parameters) or sorted(signature.extra)
+def _listed(signature: Signature, given: set[str]) -> str:
+    names = [name for name in signature.parameters if name not in given] or sorted(signature.extra)
     shown = ", ".join(names[:24]) if names else "no arguments"
-    return shown + (", ..." if len(names) > 24 or set(signature.extra) - set(names) else "")
+    return shown + (", ..." if len(names) > 24 or signature.extra - set(signature.parameters) else "")

@@ -1,0 +1,1 @@
+"""The ``automodel`` command: one small file per verb, imported when the verb is used."""

@@ -1,0 +1,176 @@
+"""The config reference, from the signatures and docstrings of what the sections call.
+
+``python -m nemo_automodel.config.reference`` prints it as Markdown (``docs/config-reference.md``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nemo_automodel.config.sections import RECIPES, Presence, Section, default_arguments
+from nemo_automodel.config.signatures import REQUIRED, Parameter, Signature, Signatures, describe
+from nemo_automodel.config.targets import DANGEROUS, ENV_ALLOW, TRUSTED_ROOTS, TargetPolicy
+from nemo_automodel.errors import ConfigError
+
+ALTERNATIVES = {
+    "model": ("nemo_automodel.NeMoAutoModelForCausalLM.from_config",),
+    "dataset": (
+        "nemo_automodel.components.datasets.llm.squad.make_squad_dataset",
+        "nemo_automodel.components.datasets.llm.hellaswag.make_hellaswag_dataset",
+        "nemo_automodel.components.datasets.llm.column_mapped.make_instruction_dataset",
+        "nemo_automodel.components.datasets.llm.chat.make_chat_dataset",
+    ),
+    "loss_fn": ("nemo_automodel.components.loss.masked_ce.MaskedCrossEntropy",),
+}
+"""Other targets of ours for a section, described in full."""
+
+_OPTIONS = """usage: automodel finetune {domain} -c recipe.yaml [--section.key=value ...] [options]
+
+options:
+  -c, --config FILE          the recipe
+  --section.key=value        overwrite or add one value (also: --section.key value, --section.list.0.key=value)
+  --print-config             print the recipe with every default filled in, and stop
+  --allow-target NAME        let _target_ name this package or this .py file (relative to the recipe); runs its code
+  -h, --help                 this text
+
+sections and their keys (docs/config-reference.md describes them):
+"""
+
+
+def help_text(domain: str) -> str:
+    """What ``--help`` prints: the options, and every section with its keys, their types and defaults."""
+    lines = [_OPTIONS.format(domain=domain)]
+    for name, section in RECIPES[domain].items():
+        lines.append(f"{name}:  {section.doc}")
+        for signature in _signatures(name, section):
+            lines.append(f"  _target_: {signature.target}")
+            rows = [
+                (f"    {p.name}", _type(p), _default(name, section, signature, p))
+                for p in _settable(section, signature)
+            ]
+            width = max((len(row[0]) for row in rows), default=0)
+            lines += [
+                f"{key:<{width}}  {kind}  {'= ' + default if default else '(required)'}" for key, kind, default in rows
+            ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def markdown(domain: str = "llm") -> str:
+    """The reference of one recipe's sections, as Markdown."""
+    lines = [
+        _INTRODUCTION.format(
+            roots=", ".join(f"`{root}`" for root in TRUSTED_ROOTS), env=ENV_ALLOW, denied=len(DANGEROUS)
+        )
+    ]
+    for name, section in RECIPES[domain].items():
+        lines += [f"## `{name}`", "", section.doc, "", _presence(section), ""]
+        for signature in _signatures(name, section):
+            lines += list(_table(name, section, signature))
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def keys(domain: str = "llm") -> list[str]:
+    """Every ``section.key`` of the default targets: the surface that a test freezes."""
+    found = []
+    for name, section in RECIPES[domain].items():
+        signatures = [s for s in _signatures(name, section) if s.target == section.target]
+        found += [f"{name}.{parameter.name}" for s in signatures for parameter in _settable(section, s)]
+        found += [] if signatures else [f"{name}._target_"]
+    return found
+
+
+def _signatures(name: str, section: Section) -> Iterator[Signature]:
+    """Of the section's default target and of our alternatives, leaving out what is not there."""
+    policy = TargetPolicy()
+    reader = Signatures(policy.sources)
+    for target in (*([section.target] if section.target else []), *ALTERNATIVES.get(name, ())):
+        try:
+            yield reader.of(target, policy.find(target))
+        except ConfigError:
+            continue
+
+
+def _settable(section: Section, signature: Signature) -> list[Parameter]:
+    """What a YAML may set: everything but what the recipe gives."""
+    return [p for p in signature.parameters.values() if p.name not in section.offered]
+
+
+def _table(name: str, section: Section, signature: Signature) -> Iterator[str]:
+    yield f"### `{signature.target}`"
+    yield ""
+    if signature.definition is not None and describe(signature.definition):
+        yield describe(signature.definition)
+        yield ""
+    rows = _settable(section, signature)
+    if not rows:
+        yield "No keys."
+        yield ""
+        return
+    yield "| key | type | default | meaning |"
+    yield "|---|---|---|---|"
+    for parameter in rows:
+        cells = (
+            f"`{parameter.name}`",
+            f"`{_type(parameter)}`",
+            f"`{_default(name, section, signature, parameter)}`" if parameter.default is not REQUIRED else "required",
+            signature.doc.get(parameter.name, ""),
+        )
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    yield ""
+
+
+def _type(parameter: Parameter) -> str:
+    return (parameter.annotation or "Any").strip("'\"")
+
+
+def _default(name: str, section: Section, signature: Signature, parameter: Parameter) -> str:
+    ours = default_arguments(name, section, signature.target, {}, has_peft=False)
+    if parameter.name in ours:
+        value = ours[parameter.name]
+    elif parameter.default is REQUIRED:
+        return ""
+    elif parameter.default is None or isinstance(parameter.default, bool):
+        value = parameter.default
+    else:
+        return parameter.default_source or ""
+    return (
+        {None: "null", True: "true", False: "false"}.get(value, str(value))
+        if not isinstance(value, list)
+        else str(value)
+    )
+
+
+def _presence(section: Section) -> str:
+    if section.presence is Presence.REQUIRED:
+        return "Required." if section.target else "Required, with its `_target_`."
+    return (
+        "Optional: without it, nothing is built."
+        if section.presence is Presence.OPTIONAL
+        else "Optional: without it, the defaults hold."
+    )
+
+
+_INTRODUCTION = """# Config reference
+
+Generated from the code by `make docs`; do not edit.
+
+A recipe is a YAML mapping of sections. Every section is a call: `_target_` names a callable, the other keys are its
+arguments. Without `_target_` the section's default target is called, which is the first one listed here. Any other
+callable may take its place: its own signature then says which keys the section has.
+
+- **Overrides**: `--section.key=value` (or `--section.key value`, `--section.list.0.key=value`) overwrites or adds one value.
+- **Environment**: `${{VAR}}` and `${{VAR:default}}` are filled in; an unset variable without default is an error. `$${{` is a literal `${{`.
+- **Numbers and words** are those of YAML 1.2: `1e-5` is a number; `yes`, `no`, `on`, `off`, `010` and `1:30`, which YAML 1.1 reads
+  as something else than written, are reported.
+- **`none`** is `null` wherever a key takes `null` and no text.
+- **Nested `_target_`s** are built first, at any depth.
+- **Trust**: `_target_` may name {roots}, without private names and without the callables among them that
+  run programs or load code. Anything else, a file `./mine.py:function` beside the recipe included, needs
+  `--allow-target my_package` or `--allow-target ./mine.py` on the command line, or the variable `{env}`
+  (comma-separated); never the YAML itself. Opting in is running that code.
+"""
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")
