@@ -51,9 +51,17 @@ def passes_window(model: nn.Module) -> bool:
     """
     config = getattr(model, "config", None)
     text = config.get_text_config() if isinstance(config, PretrainedConfig) else None
-    if text is None or getattr(text, "attention_chunk_size", None):
+    if text is None or chunk_size(model) is not None:
         return False
     return bool(getattr(model, "_supports_flash_attn", False))
+
+
+def chunk_size(model: nn.Module) -> int | None:
+    """The size of the chunks that chunked attention is cut into, None where there is none."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if isinstance(config, PretrainedConfig) else None
+    kinds = getattr(text, "layer_types", None) or ("chunked_attention",)
+    return getattr(text, "attention_chunk_size", None) if "chunked_attention" in kinds else None
 
 
 def model_class_for(auto_class: Any, config: PretrainedConfig) -> type | None:

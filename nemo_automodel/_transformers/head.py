@@ -82,7 +82,7 @@ def is_whole(head: nn.Linear) -> bool:
 def probe_logits(vocab_size: int, device: torch.device) -> Tensor:
     """Known logits [V] in fp32: a small one, a huge one, and a range between that a soft-cap would bend."""
     probe = torch.linspace(-120.0, 120.0, vocab_size, device=device)
-    probe[0], probe[-1] = 1e-3, 1e6
+    probe[0], probe[-1] = 1e-5, 1e6
     return probe
 
 
@@ -100,7 +100,7 @@ def infer_transform(probe: Tensor, seen: Tensor) -> LogitTransform | None:
     huge = rows[0, -1].item()
     capped = abs(huge) < 0.5 * abs(scale * expected[-1].item())
     transform = LogitTransform(_tidy(scale), _tidy(abs(huge)) if capped else None)
-    return transform if torch.allclose(transform(expected).expand_as(rows), rows, rtol=1e-4, atol=1e-6) else None
+    return transform if torch.allclose(transform(expected).expand_as(rows), rows, rtol=1e-4, atol=1e-9) else None
 
 
 def _tidy(number: float) -> float:

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from nemo_automodel._transformers import compat
 from nemo_automodel.errors import ModelError
 
-_KEEPS_DOCUMENTS_APART = {"full_attention", "sliding_attention", "chunked_attention"}
+_KEEPS_DOCUMENTS_APART = {"full_attention", "sliding_attention"}
 _FIX = "write packed_sequence.packed_sequence_size: 0 to train it padded"
 
 
@@ -21,6 +21,11 @@ def require_packing(model: nn.Module) -> None:
         raise ModelError(
             f"packed_sequence: {name} runs its own attention ({compat.attention_name(model)}), which would let packed "
             f"documents attend to each other; {_FIX}"
+        )
+    if compat.chunk_size(model) is not None:
+        raise ModelError(
+            f"packed_sequence: {name} attends within chunks counted from the start of the row, so packed documents "
+            f"would be cut at other places than separate ones; {_FIX}"
         )
     if mixing := _mixing_layers(model):
         raise ModelError(

@@ -6,6 +6,7 @@ On CUDA in 16 bit, torch's variable-length flash attention; elsewhere one SDPA c
 from __future__ import annotations
 
 import contextlib
+import inspect
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 varlen_attn: Any = None
 with contextlib.suppress(ImportError):  # a torch built without it
     from torch.nn.attention.varlen import varlen_attn
+_TAKES_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 _MAX_HEAD_SIZE = 256  # of the flash kernel behind varlen_attn
 
@@ -94,10 +96,14 @@ def _varlen(
     window: int | None,
 ) -> Tensor:
     batch, heads, length, size = query.shape
-    tokens = [x.transpose(1, 2).reshape(batch * length, -1, size) for x in (query, key, value)]
-    span = (window - 1, 0) if window else (-1, 0 if causal else -1)
-    gqa = heads != key.shape[1]
-    out = varlen_attn(
-        *tokens, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=span, enable_gqa=gqa
-    )
+    options: dict[str, Any] = {
+        "scale": scaling,
+        "window_size": (window - 1, 0) if window else (-1, 0 if causal else -1),
+    }
+    if heads != key.shape[1] and _TAKES_GQA:
+        options["enable_gqa"] = True
+    elif heads != key.shape[1]:
+        key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+    q, k, v = (x.transpose(1, 2).reshape(batch * length, -1, size) for x in (query, key, value))
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
     return out.view(batch, length, heads, size).transpose(1, 2)

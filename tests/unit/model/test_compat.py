@@ -1,0 +1,62 @@
+"""Each private name of transformers that the package relies on still means what it did."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaForCausalLM
+
+from nemo_automodel._transformers import compat
+from tests.builders import tiny_config
+
+
+def build(family: str, **over: object) -> torch.nn.Module:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(tiny_config(family, **over))
+
+
+def test_unsplittable_classes() -> None:
+    assert compat.unsplittable_class_names(build("llama")) == {"LlamaDecoderLayer"}
+    assert compat.unsplittable_class_names(torch.nn.Linear(1, 1)) == set()
+
+
+@pytest.mark.parametrize(("family", "expected"), [("llama", True), ("gpt2", True), ("bloom", False), ("mamba", False)])
+def test_pluggable_attention(family: str, expected: bool) -> None:
+    over = {"bloom": {"n_layer": 1, "n_head": 4}, "mamba": {"state_size": 4}}.get(family, {})
+    assert compat.attention_is_pluggable(build(family, **over)) is expected
+
+
+def test_attention_name() -> None:
+    model = build("llama")
+    assert compat.attention_name(model) == "sdpa"
+    model.set_attn_implementation("eager")
+    assert compat.attention_name(model) == "eager"
+    assert compat.attention_name(torch.nn.Linear(1, 1)) == "None"
+
+
+def test_loss_function_is_the_hook() -> None:
+    """A transformers model computes its loss by ``self.loss_function``, which an instance attribute replaces."""
+    assert compat.calls_loss_function(LlamaForCausalLM)
+    assert not compat.calls_loss_function(torch.nn.Linear)
+    model = LlamaForCausalLM(tiny_config("llama"))
+    model.__dict__["_loss_function"] = lambda logits, labels, vocab_size, **kwargs: logits.sum() * 0 + 7
+    ids = torch.tensor([[3, 4, 5]])
+    assert model(ids, labels=ids).loss.item() == 7
+
+
+def test_windows_and_chunks() -> None:
+    assert compat.passes_window(build("gemma3_text"))
+    assert compat.chunk_size(build("gemma3_text")) is None
+    chunked = build("llama4_text", attention_chunk_size=16, num_local_experts=2, intermediate_size_mlp=64)
+    assert compat.chunk_size(chunked) == 16
+    assert not compat.passes_window(chunked)
+
+
+def test_model_class() -> None:
+    assert compat.model_class_for(AutoModelForCausalLM, tiny_config("llama")) is LlamaForCausalLM
+    assert compat.model_class_for(AutoModelForImageTextToText, tiny_config("llama")) is None
+
+
+def test_positions() -> None:
+    assert compat.takes_positions(build("llama"))
+    assert not compat.takes_positions(build("bloom", n_layer=1, n_head=4))

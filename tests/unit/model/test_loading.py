@@ -1,0 +1,188 @@
+"""Damaged and unsuitable checkpoints: each has its one-line error, and nothing is loaded in part."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from nemo_automodel import NeMoAutoModelForCausalLM
+from nemo_automodel._transformers.weight_files import check_weight_files
+from nemo_automodel.errors import ModelError
+from tests.builders import tiny_config
+
+SINGLE = "model.safetensors"
+
+
+def write(path: Path, sharded: bool) -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_config("llama"))
+    model.save_pretrained(path, max_shard_size="60KB" if sharded else "1GB")
+
+
+def edit(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(path / SINGLE)
+    change(tensors)
+    save_file(tensors, path / SINGLE, metadata={"format": "pt"})
+
+
+def edit_json(path: Path, name: str, change: Callable[[dict], None]) -> None:
+    content = json.loads((path / name).read_text())
+    change(content)
+    (path / name).write_text(json.dumps(content))
+
+
+def drop(path: Path) -> None:
+    edit(path, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+
+
+def reshape(path: Path) -> None:
+    edit(path, lambda t: t.update({"model.norm.weight": torch.ones(48)}))
+
+
+def nan(path: Path) -> None:
+    edit(path, lambda t: t["model.layers.0.mlp.up_proj.weight"].view(-1)[7:8].fill_(torch.nan))
+
+
+def lfs(path: Path) -> None:
+    (path / SINGLE).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 5\n")
+
+
+def cut(path: Path) -> None:
+    content = (path / SINGLE).read_bytes()
+    (path / SINGLE).write_bytes(content[:-1000])
+
+
+def cut_in_header(path: Path) -> None:
+    (path / SINGLE).write_bytes((path / SINGLE).read_bytes()[:100])
+
+
+def empty(path: Path) -> None:
+    (path / SINGLE).write_bytes(b"")
+
+
+def pickled(path: Path) -> None:
+    (path / SINGLE).unlink()
+    (path / "pytorch_model.bin").write_bytes(b"never read")
+
+
+def no_weights(path: Path) -> None:
+    (path / SINGLE).unlink()
+
+
+def no_config(path: Path) -> None:
+    (path / "config.json").unlink()
+
+
+def unknown_type(path: Path) -> None:
+    edit_json(path, "config.json", lambda c: c.update(model_type="llama99", architectures=["Llama99ForCausalLM"]))
+
+
+def remote_code(path: Path) -> None:
+    auto_map = {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.XForCausalLM"}
+    edit_json(path, "config.json", lambda c: c.update(model_type="x", auto_map=auto_map))
+    (path / "configuration_x.py").write_text("raise SystemExit('remote code ran')")
+
+
+def other_task(path: Path) -> None:
+    (path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+
+
+def bad_json(path: Path) -> None:
+    (path / "config.json").write_text("{")
+
+
+DAMAGE: dict[Callable[[Path], None], list[str]] = {
+    drop: ["model.layers.1.mlp.up_proj.weight", "not in the checkpoint"],
+    reshape: ["model.norm.weight", "[48]", "[32]"],
+    nan: ["model.layers.0.mlp.up_proj.weight", "NaN"],
+    lfs: [SINGLE, "Git LFS pointer", "git lfs pull"],
+    cut: [SINGLE, "cut off", "bytes of"],
+    cut_in_header: [SINGLE, "cut off", "100 bytes"],
+    empty: [SINGLE, "cut off", "0 bytes"],
+    pickled: ["pickled weights only", "convert", "save_pretrained"],
+    no_weights: ["no weights", SINGLE],
+    no_config: ["no config.json"],
+    unknown_type: ["llama99", "pip install -U transformers"],
+    remote_code: ["model code of its own", "trust_remote_code: true", "revision"],
+    other_task: ["vit", "AutoModelForCausalLM"],
+    bad_json: ["config.json"],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_a_bad_checkpoint_is_named(damage: Callable[[Path], None], tmp_path: Path) -> None:
+    write(tmp_path, sharded=False)
+    damage(tmp_path)
+    with pytest.raises(ModelError) as error:
+        NeMoAutoModelForCausalLM.from_pretrained(str(tmp_path))
+    message = str(error.value)
+    assert str(tmp_path) in message
+    assert "\n" not in message
+    for part in DAMAGE[damage]:
+        assert part in message
+
+
+def escape(path: Path) -> None:
+    edit_json(path, f"{SINGLE}.index.json", lambda i: i["weight_map"].update({"model.norm.weight": f"../{SINGLE}"}))
+
+
+def lose_shard(path: Path) -> None:
+    (path / "model-00001-of-00003.safetensors").unlink()
+
+
+def promise(path: Path) -> None:
+    change = {"model.norm.bias": "model-00001-of-00003.safetensors"}
+    edit_json(path, f"{SINGLE}.index.json", lambda i: i["weight_map"].update(change))
+
+
+def no_map(path: Path) -> None:
+    (path / f"{SINGLE}.index.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "part"),
+    [
+        (escape, f"'../{SINGLE}'"),
+        (lose_shard, "model-00001-of-00003.safetensors, which is not there"),
+        (promise, "model.norm.bias"),
+        (no_map, "weight_map"),
+    ],
+    ids=lambda x: getattr(x, "__name__", None),
+)
+def test_a_bad_index_is_named(damage: Callable[[Path], None], part: str, tmp_path: Path) -> None:
+    write(tmp_path, sharded=True)
+    assert len(check_weight_files(str(tmp_path))) == 3
+    NeMoAutoModelForCausalLM.from_pretrained(str(tmp_path))
+    damage(tmp_path)
+    with pytest.raises(ModelError) as error:
+        NeMoAutoModelForCausalLM.from_pretrained(str(tmp_path))
+    assert part in str(error.value)
+
+
+def test_a_tensor_too_many_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, sharded=False)
+    edit(tmp_path, lambda tensors: tensors.update({"model.extra.weight": torch.ones(2)}))
+    NeMoAutoModelForCausalLM.from_pretrained(str(tmp_path))
+    assert [r.message for r in caplog.records if "model.extra.weight" in r.message and "unused" in r.message]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ({"dtype": "int8"}, ["model.dtype=int8", "bfloat16"]),
+        ({"master_dtype": "float8"}, ["model.master_dtype=float8", "float32"]),
+        ({"hiden_size": 8}, ["hiden_size"]),
+    ],
+)
+def test_a_bad_argument_is_named(arguments: dict, parts: list[str], tmp_path: Path) -> None:
+    write(tmp_path, sharded=False)
+    with pytest.raises(ModelError) as error:
+        NeMoAutoModelForCausalLM.from_pretrained(str(tmp_path), **arguments)
+    for part in parts:
+        assert part in str(error.value)
