@@ -14,8 +14,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -344,12 +344,17 @@ class Checkpointer:
 
 
 def _check_writable(root: Path) -> None:
-    """Fail now rather than at the first save; touches nothing."""
+    """Fail now rather than at the first save; leaves nothing behind."""
     existing = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ConfigError(f"checkpoint.checkpoint_dir={root}: {existing} is a file; write a directory")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"checkpoint.checkpoint_dir={root}: {existing} is not writable; write another directory")
+    try:
+        with tempfile.TemporaryFile(dir=existing):  # nothing less tells on every file system, or for root
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"checkpoint.checkpoint_dir={root}: {existing} is not writable ({error.strerror}); write another directory"
+        ) from error
 
 
 def _base_name(model: Any) -> str:

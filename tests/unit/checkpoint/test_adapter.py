@@ -268,5 +268,5 @@ def test_a_base_with_a_missing_tensor_is_refused(tmp_path):
     tensors = load_file(tmp_path / "base/model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="lacks tensors: model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(ModelError, match=r"lacks tensors: model.layers.1.mlp.up_proj.weight"):
         merge(tmp_path / "adapter", output=tmp_path / "out")

@@ -1,0 +1,345 @@
+"""What happens to a checkpoint after it was written: flipped bits, missing files, lost pointers, a full disk.
+
+P: the previous complete checkpoint is taken, with a warning that names the damage. E: one error, never a fresh start.
+Numbers in test names are the rows of the fault matrix.
+"""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_automodel.components.checkpoint import publish
+from nemo_automodel.components.checkpoint.checkpointer import Checkpointer
+from nemo_automodel.components.checkpoint.ranks import Ranks
+from nemo_automodel.errors import CheckpointError, ConfigError
+from tests.unit.checkpoint.runs import make_state, read_json, train
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Two checkpoints, at steps 1 and 2, and the losses of the two steps after each."""
+    root = tmp_path_factory.mktemp("saved")
+    state = make_state()
+    checkpointer = Checkpointer(None, str(root))
+    first = train(state, 1)
+    checkpointer.save(state)
+    first += train(state, 1)
+    checkpointer.save(state)
+    return root, first + train(state, 2)
+
+
+@pytest.fixture
+def root(saved, tmp_path):
+    return Path(shutil.copytree(saved[0], tmp_path / "ckpt"))
+
+
+def resumed_step(root, restore_from="latest"):
+    state = make_state(seed=3)
+    state.fingerprint = make_state().fingerprint
+    restored = Checkpointer(None, str(root), restore_from=restore_from).restore(state)
+    return state.schedule.step if restored else None, state
+
+
+def flip(path, where=0.5):
+    data = bytearray(path.read_bytes())
+    data[int((len(data) - 1) * where)] ^= 0x10
+    path.write_bytes(data)
+
+
+FILES = [
+    "model/config.json", "model/generation_config.json", "model/model.safetensors", "model/tokenizer.json",
+    "model/chat_template.jinja", "model/README.md", "resume/state.json", "resume/rank_00000.json",
+    "resume/rank_00000.safetensors", "resume/tensors/.metadata", "resume/tensors/__0_0.distcp", "manifest.json",
+]  # fmt: skip
+
+
+def damage_bit(path):
+    flip(path)
+
+
+def damage_truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def damage_delete(path):
+    path.unlink()
+
+
+SAMPLE = ("model/config.json", "model/model.safetensors", "resume/tensors/.metadata", "manifest.json")
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        pytest.param(damage, name, marks=[] if damage is damage_bit or name in SAMPLE else pytest.mark.full)
+        for damage in (damage_bit, damage_truncate, damage_delete)
+        for name in FILES
+    ],
+)
+def test_20_21_22_a_damaged_file_falls_back(name, damage, root, saved, caplog):
+    assert (root / "epoch_0_step_2" / name).exists()
+    damage(root / "epoch_0_step_2" / name)
+    step, state = resumed_step(root)
+    assert step == 1
+    assert "epoch_0_step_2 is damaged" in caplog.text
+    assert name in caplog.text
+    assert train(state, 2) == saved[1][1:3]
+
+
+def test_every_file_is_in_the_manifest(root):
+    path = root / "epoch_0_step_2"
+    files = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
+    assert set(read_json(path / "manifest.json")["files"]) == files - {"manifest.json"}
+    assert set(FILES) <= files
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"files": [], "sha256": "0"}', "\x00"])
+def test_23_a_bad_manifest_falls_back(text, root):
+    (root / "epoch_0_step_2/manifest.json").write_text(text)
+    assert resumed_step(root)[0] == 1
+
+
+def test_23_an_edited_manifest_falls_back(root):
+    path = root / "epoch_0_step_2/manifest.json"
+    path.write_text(path.read_text().replace('"step": 2', '"step": 3'))
+    assert resumed_step(root)[0] == 1
+
+
+@pytest.mark.parametrize("content", [None, "epoch_9_step_99\n", "../../etc\n", "", "epoch_0_step_1\n", b"\xff\xfe"])
+def test_24_27_the_pointer_may_be_lost_or_wrong(content, root):
+    (root / "LATEST").unlink()
+    if content is not None:
+        (root / "LATEST").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert resumed_step(root)[0] == 2
+    assert (root / "LATEST").read_text() == "epoch_0_step_2\n"
+    assert not any(path.is_symlink() for path in root.rglob("*"))
+
+
+def test_24_a_looping_pointer(root):
+    (root / "LATEST").unlink()
+    (root / "LATEST").symlink_to("LATEST")
+    assert resumed_step(root)[0] == 2
+
+
+def test_25_all_damaged_is_an_error_never_fresh(root):
+    for step in (1, 2):
+        flip(root / f"epoch_0_step_{step}/model/model.safetensors")
+    with pytest.raises(CheckpointError, match=r"every checkpoint .* is damaged; not starting anew") as error:
+        resumed_step(root)
+    assert "epoch_0_step_1: model/model.safetensors does not match its checksum" in str(error.value)
+    assert "epoch_0_step_2" in str(error.value)
+
+
+def test_26_stale_temporaries_are_cleaned(root):
+    shutil.copytree(root / "epoch_0_step_1", root / ".tmp-epoch_0_step_3")
+    shutil.copytree(root / "epoch_0_step_1", root / ".trash-epoch_0_step_0")
+    (root / ".tmp-LATEST").write_text("epoch")
+    assert resumed_step(root)[0] == 2
+    assert sorted(p.name for p in root.iterdir()) == ["LATEST", "epoch_0_step_1", "epoch_0_step_2"]
+
+
+def test_7_killed_while_replacing_a_step_the_old_one_is_given_back(root):
+    (root / "epoch_0_step_2").rename(root / ".old-epoch_0_step_2")  # the moment between the two renames
+    shutil.copytree(root / ".old-epoch_0_step_2", root / ".tmp-epoch_0_step_2")
+    assert resumed_step(root)[0] == 2
+
+
+def test_7_saving_a_step_again_replaces_it(root):
+    state = resumed_step(root)[1]
+    before = read_json(root / "epoch_0_step_2/manifest.json")["sequence"]
+    Checkpointer(None, str(root), keep_last=None).save(state)
+    assert read_json(root / "epoch_0_step_2/manifest.json")["sequence"] == before + 1
+    assert resumed_step(root)[0] == 2
+    assert not list(root.glob(".*"))
+
+
+def test_28_order_does_not_come_from_the_clock(root):
+    os.utime(root / "epoch_0_step_2", (0, 0))
+    os.utime(root / "epoch_0_step_2/manifest.json", (0, 0))
+    assert resumed_step(root)[0] == 2
+
+
+def test_14_the_first_start_of_a_requeued_job_is_fresh_and_says_so(tmp_path, caplog):
+    assert resumed_step(tmp_path / "new")[0] is None
+    assert "no checkpoint in" in caplog.text
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_was_asked_for_by_name_must_be_there_and_sound(root):
+    assert resumed_step(root, "epoch_0_step_1")[0] == 1
+    assert resumed_step(root, str(root / "epoch_0_step_1"))[0] == 1
+    assert resumed_step(root, str(root / "epoch_0_step_1/model"))[0] == 1
+    for asked in ("best", "epoch_0_step_7", str(root / "nowhere")):
+        with pytest.raises(CheckpointError, match=r"nothing to restore there; .* has epoch_0_step_2, epoch_0_step_1"):
+            resumed_step(root, asked)
+    flip(root / "epoch_0_step_1/resume/state.json")
+    with pytest.raises(CheckpointError, match=r"damaged: resume/state.json .* has epoch_0_step_2"):
+        resumed_step(root, "epoch_0_step_1")
+
+
+def test_a_fresh_start_leaves_an_earlier_runs_checkpoints(root, caplog):
+    state = make_state()
+    checkpointer = Checkpointer(None, str(root), keep_last=1)
+    assert checkpointer.restore(state) is False
+    assert "2 checkpoint(s) of an earlier run" in caplog.text
+    for _ in range(4):
+        train(state, 1)
+        checkpointer.save(state)
+    names = {p.name for p in root.iterdir()}
+    assert names == {"LATEST", "epoch_0_step_4"} | names & {"epoch_0_step_1", "epoch_0_step_2"}
+    assert resumed_step(root)[0] == 4  # the newest save, whatever the older run's steps were
+
+
+def test_an_older_run_with_more_steps_does_not_win(root, tmp_path):
+    state = make_state()
+    train(state, 1)
+    checkpointer = Checkpointer(None, str(root), keep_last=None)
+    checkpointer.restore(state)
+    checkpointer.save(state)  # step 1 again; the other run's step 2 is still there
+    assert resumed_step(root)[0] == 1
+
+
+def test_retention_keeps_latest_best_and_the_last(tmp_path):
+    state = make_state()
+    checkpointer = Checkpointer(None, str(tmp_path), keep_last=2)
+    checkpointer.restore(state)
+    for loss in (3.0, 1.0, 2.0, float("nan"), 1.0, 4.0):
+        train(state, 1)
+        checkpointer.offer_best(loss)
+        checkpointer.save(state)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "BEST",
+        "LATEST",
+        "epoch_0_step_2",
+        "epoch_0_step_5",
+        "epoch_0_step_6",
+    ]
+    assert (tmp_path / "BEST").read_text() == "epoch_0_step_2\n"
+    assert resumed_step(tmp_path, "best")[0] == 2
+    # what was best is remembered across a resume
+    state = make_state(seed=3)
+    state.fingerprint = make_state().fingerprint
+    again = Checkpointer(None, str(tmp_path), restore_from="latest", keep_last=1)
+    again.restore(state)
+    train(state, 1)
+    again.offer_best(1.5)
+    again.save(state)
+    assert (tmp_path / "BEST").read_text() == "epoch_0_step_2\n"
+    assert sorted(p.name for p in tmp_path.glob("epoch*")) == ["epoch_0_step_2", "epoch_0_step_7"]
+    train(state, 1)
+    again.offer_best(0.5)
+    again.save(state)
+    assert (tmp_path / "BEST").read_text() == "epoch_0_step_8\n"
+
+
+def test_a_validation_of_another_step_does_not_make_the_best(tmp_path):
+    state = make_state()
+    checkpointer = Checkpointer(None, str(tmp_path))
+    checkpointer.restore(state)
+    train(state, 1)
+    checkpointer.offer_best(1.0)
+    train(state, 1)
+    checkpointer.save(state)
+    assert not (tmp_path / "BEST").exists()
+
+
+def test_5_a_kill_before_the_pointers_is_repaired(tmp_path):
+    state = make_state()
+    checkpointer = Checkpointer(None, str(tmp_path))
+    checkpointer.restore(state)
+    for loss in (2.0, 1.0):
+        train(state, 1)
+        checkpointer.offer_best(loss)
+        checkpointer.save(state)
+    for pointer in ("LATEST", "BEST"):
+        (tmp_path / pointer).write_text("epoch_0_step_1\n")
+    assert resumed_step(tmp_path)[0] == 2
+    assert (tmp_path / "LATEST").read_text() == (tmp_path / "BEST").read_text() == "epoch_0_step_2\n"
+
+
+def test_finish_saves_the_last_step_once(tmp_path, capsys):
+    state = make_state()
+    checkpointer = Checkpointer(None, str(tmp_path))
+    checkpointer.restore(state)
+    train(state, 2)
+    checkpointer.finish(state)
+    assert f"vllm serve {tmp_path / 'epoch_0_step_2/model'}" in capsys.readouterr().out
+    stamp = (tmp_path / "epoch_0_step_2/manifest.json").stat().st_mtime_ns
+    checkpointer.finish(state)
+    _, resumed = resumed_step(tmp_path)
+    Checkpointer(None, str(tmp_path)).finish(make_state())  # nothing was trained
+    again = Checkpointer(None, str(tmp_path), restore_from="latest")
+    again.restore(resumed)
+    again.finish(resumed)
+    assert (tmp_path / "epoch_0_step_2/manifest.json").stat().st_mtime_ns == stamp
+
+
+def test_off_saves_nothing(tmp_path):
+    state = make_state()
+    checkpointer = Checkpointer(None, str(tmp_path / "out"), enabled=False)
+    assert checkpointer.restore(state) is False
+    assert checkpointer.save(state) is None
+    checkpointer.finish(state)
+    assert not (tmp_path / "out").exists()
+
+
+# --- a disk that refuses ----------------------------------------------------------------------------------------------
+
+FULL = """
+import resource, signal, sys
+from nemo_automodel.components.checkpoint.checkpointer import Checkpointer
+from nemo_automodel.errors import CheckpointError
+from tests.unit.checkpoint.runs import make_state, train
+state = make_state()
+checkpointer = Checkpointer(None, sys.argv[1])
+checkpointer.restore(state)
+train(state, 1)
+checkpointer.save(state)
+train(state, 1)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writes beyond the limit fail with EFBIG, as ENOSPC on a full disk
+for limit in (2_000, 60_000):  # almost every file; only the tensors
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        checkpointer.save(state)
+    except CheckpointError as error:
+        print(error)
+"""
+
+
+def test_16_a_write_that_fails_leaves_the_old_intact(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.count("checkpoint epoch_0_step_2 was not saved; those saved before are intact") == 2, done.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "epoch_0_step_1"]
+    assert publish.damage(tmp_path / "epoch_0_step_1", Ranks(None)) == []
+
+
+def test_18_a_directory_that_cannot_be_written_is_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"checkpoint_dir=.*file is a file"):
+        Checkpointer(None, str(tmp_path / "file" / "checkpoints"))
+    with pytest.raises(ConfigError, match="is not writable"):
+        Checkpointer(None, "/proc/checkpoints")
+
+
+def test_18_a_directory_that_vanishes_is_an_error_with_its_path(tmp_path):
+    root = tmp_path / "ckpt"
+    state = make_state()
+    checkpointer = Checkpointer(None, str(root))
+    root.write_text("not a directory")
+    with pytest.raises(CheckpointError, match=r"Creating .*ckpt/epoch_0_step_0 failed: .*ckpt: File exists"):
+        checkpointer.save(state)
+
+
+def test_messages_name_the_bad_option():
+    with pytest.raises(ConfigError, match=r"checkpoint.keep_last=0: at least one"):
+        Checkpointer(None, keep_last=0)
+
+
+@pytest.fixture(autouse=True)
+def _info(caplog):
+    caplog.set_level(logging.INFO)
