@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from nemo_automodel._transformers import compat, loading
 from nemo_automodel._transformers.blocks import find_blocks
 from nemo_automodel._transformers.mixin import adopt
-from nemo_automodel._transformers.packing import require_packing
+from nemo_automodel._transformers.packing_trial import require_packing
 from nemo_automodel.components.attention import function as attention_function
 from nemo_automodel.errors import ModelError
 

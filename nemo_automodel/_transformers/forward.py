@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from nemo_automodel._transformers import compat
 from nemo_automodel._transformers.head import HeadTap, LogitTransform, head_of, infer_transform, is_whole, probe_logits
+from nemo_automodel._transformers.packing import PASSES_DOCUMENTS, refuse_packing
 from nemo_automodel.components.attention.layout import Layout, announce
 from nemo_automodel.types import IGNORE_INDEX, Batch, LossFunction
 
@@ -88,7 +89,8 @@ def _run_with_labels(
     from nemo_automodel.components.loss.linear_ce import FusedLinearCrossEntropy
 
     head = head_of(model)
-    if head is None or _head_state(model).reason is not None:
+    by_hand = not compat.calls_loss_function(_base_class(model))  # and so perhaps by another convention
+    if head is None or by_hand or _head_state(model).reason is not None:
         return base_forward(model, *args, **kwargs)
     labels = kwargs.pop("labels")
     shifted = kwargs.get("shift_labels")
@@ -256,12 +258,17 @@ def _zero(ce_sum: Tensor) -> Tensor:
 def _prepare_packed(model: nn.Module, inputs: dict[str, Any]) -> Layout | None:
     """The layout of a packed batch, with a mask of ones so that transformers does not look for documents itself."""
     cu_seqlens = inputs.get("cu_seq_lens_q")
-    if cu_seqlens is None or compat.attention_name(model) != "automodel":
+    if cu_seqlens is None:
+        return None
+    if PASSES_DOCUMENTS not in model.__dict__:  # not loaded with packed=True: dense masks, which are always right
+        refuse_packing(model)
+        model.__dict__[PASSES_DOCUMENTS] = False
+    if compat.attention_name(model) != "automodel":
         return None
     positions = inputs.get("position_ids")
     if inputs.get("attention_mask") is None and positions is not None:
         inputs["attention_mask"] = torch.ones_like(positions)
-    return Layout(cu_seqlens, compat.passes_window(model))
+    return Layout(cu_seqlens, compat.passes_window(model), documents_as_argument=model.__dict__[PASSES_DOCUMENTS])
 
 
 def _prepare_padded(model: nn.Module, inputs: dict[str, Any]) -> Layout | None:

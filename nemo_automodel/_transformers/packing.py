@@ -1,4 +1,4 @@
-"""Whether a model keeps packed documents apart: decided by what its layers are, never by its name."""
+"""Which models cannot keep packed documents apart, and why: by what their layers are, never by their name."""
 
 from __future__ import annotations
 
@@ -10,31 +10,34 @@ from transformers import PretrainedConfig
 from nemo_automodel._transformers import compat
 from nemo_automodel.errors import ModelError
 
+PASSES_DOCUMENTS = "_automodel_passes_documents"
+"""Set on a model that was tried for packing: whether every attention call gets to know where documents end."""
+FIX = "write packed_sequence.packed_sequence_size: 0 to train it padded"
+
 _KEEPS_DOCUMENTS_APART = {"full_attention", "sliding_attention"}
-_FIX = "write packed_sequence.packed_sequence_size: 0 to train it padded"
 
 
-def require_packing(model: nn.Module) -> None:
-    """Raise ModelError, with the reason, where packed documents would see each other in ``model``."""
+def refuse_packing(model: nn.Module) -> None:
+    """Raise ModelError, with the reason, where the layers of ``model`` let packed documents leak into each other."""
     name = type(model).__name__
-    if compat.attention_name(model) != "automodel":
+    if not compat.attention_is_pluggable(model):
         raise ModelError(
             f"packed_sequence: {name} runs its own attention ({compat.attention_name(model)}), which would let packed "
-            f"documents attend to each other; {_FIX}"
+            f"documents attend to each other; {FIX}"
         )
     if compat.chunk_size(model) is not None:
         raise ModelError(
             f"packed_sequence: {name} attends within chunks counted from the start of the row, so packed documents "
-            f"would be cut at other places than separate ones; {_FIX}"
+            f"would be cut at other places than separate ones; {FIX}"
         )
     if mixing := _mixing_layers(model):
         raise ModelError(
             f"packed_sequence: {name} has layers that carry state from token to token without attention ({mixing}), "
-            f"so packed documents would leak into each other; {_FIX}"
+            f"so packed documents would leak into each other; {FIX}"
         )
     if not compat.takes_positions(model):
         raise ModelError(
-            f"packed_sequence: {name} takes no position_ids, so positions would not restart at each packed document; {_FIX}"
+            f"packed_sequence: {name} takes no position_ids, so positions would not restart at each packed document; {FIX}"
         )
 
 

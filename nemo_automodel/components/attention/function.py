@@ -99,7 +99,10 @@ def attention_mask(
     layout = current_layout()
     if layout is not None and q_length == kv_length:
         windowed = local_size is not None and local_size < q_length
-        if allow_is_causal_skip and (not windowed or layout.windows_as_argument):
+        needed = (windowed and not layout.windows_as_argument) or (
+            layout.cu_seqlens is not None and not layout.documents_as_argument
+        )
+        if allow_is_causal_skip and not needed:
             return None
         if layout.cu_seqlens is not None:
             mask_function = and_masks(mask_function, _same_document(layout.cu_seqlens, q_length))

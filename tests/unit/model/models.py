@@ -65,8 +65,8 @@ def padded_inputs(ids: list[Tensor], left: bool = False) -> dict[str, Tensor]:
 def with_labels(inputs: dict[str, Any], labels: Tensor) -> Batch:
     """A micro-batch as the loader makes it; ``labels`` [B, S] pre-shifted."""
     indices = (labels.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)
-    batch = {**inputs, "labels": labels, "label_indices": indices, "num_label_tokens": indices.numel()}
-    return batch  # type: ignore[return-value]
+    extra = {"labels": labels, "label_indices": indices, "num_label_tokens": indices.numel()}
+    return {**inputs, **extra}  # type: ignore[typeddict-item,return-value]
 
 
 def shifted(ids: Tensor, mask: Tensor | None = None, answers_from: int = 3) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 
 from nemo_automodel import NeMoAutoModelForCausalLM
 from nemo_automodel._transformers.forward import forward_loss
+from nemo_automodel._transformers.packing import PASSES_DOCUMENTS
+from nemo_automodel._transformers.packing_trial import require_packing
+from nemo_automodel.components.attention import function
 from nemo_automodel.components.loss.linear_ce import FusedLinearCrossEntropy
 from nemo_automodel.errors import ModelError
 from tests.builders import tiny_config
@@ -24,6 +28,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "mixtral": {"sliding_window": 16},
     "qwen3_moe": {},
     "gemma2": {"sliding_window": 16, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0},
+    "stablelm": {"partial_rotary_factor": 0.5},  # its layers keep the boundaries from its attention: a dense mask
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
 }
 
@@ -32,6 +37,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def test_packed_equals_separate_documents(family: str) -> None:
     """Logits of every token, and the gradient of every parameter, to 1e-5."""
     ours, plain = pair(family, **WAYS[family])
+    require_packing(ours)
     ids = documents(*LENGTHS)
     separate = [plain(x).logits for x in ids]
     packed = ours(**packed_inputs(ids)).logits
@@ -52,6 +58,7 @@ def test_packed_equals_separate_documents(family: str) -> None:
 def test_a_document_does_not_notice_another(family: str) -> None:
     """Change every token of A: B's logits and the gradient that reaches B's embeddings do not change at all."""
     ours, _ = pair(family, **WAYS[family])
+    require_packing(ours)
     a, b = documents(24, 33)
     other = documents(24, seed=1)[0]
     seen = []
@@ -70,7 +77,7 @@ def test_the_users_own_loop_may_pack_too() -> None:
     """Packed inputs and transformers' labels, without a recipe; and without cu_seq_lens, position_ids alone do."""
     ours, plain = pair("llama")
     ids = documents(10, 14)
-    inputs = packed_inputs(ids)
+    inputs = packed_inputs(ids)  # and without packed=True at loading
     labels = inputs["input_ids"].clone()
     labels[0, [0, 10]] = -100  # what the first token of each document would have been predicted from
     expected = sum(plain(x, labels=x).loss * (x.shape[1] - 1) for x in ids) / (10 + 14 - 2)
@@ -97,8 +104,43 @@ def test_packing_is_refused_with_the_reason(family: str, over: dict[str, Any], r
     with pytest.raises(ModelError, match=reason) as error:
         NeMoAutoModelForCausalLM.from_config(config, dtype="float32", packed=True)
     assert "packed_sequence_size: 0" in str(error.value)
+    unasked = NeMoAutoModelForCausalLM.from_config(config, dtype="float32")
+    if "position_ids" in inspect.signature(unasked.forward).parameters:
+        with pytest.raises(ModelError, match=reason):
+            unasked(**packed_inputs(documents(5, 6)))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "mixtral"])
-def test_packing_is_allowed(family: str) -> None:
-    NeMoAutoModelForCausalLM.from_config(tiny_config(family), dtype="float32", packed=True)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "mixtral", "stablelm"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_packing_is_allowed(family: str, dtype: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = NeMoAutoModelForCausalLM.from_config(tiny_config(family), dtype=dtype, packed=True)
+    assert model.__dict__[PASSES_DOCUMENTS] == (family != "stablelm")
+    assert any("dense mask" in record.message for record in caplog.records) == (family == "stablelm")
+    assert model.training
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_transformers_own_attention_packs_too(implementation: str) -> None:
+    model = NeMoAutoModelForCausalLM.from_config(
+        tiny_config("llama"), dtype="float32", packed=True, attn_implementation=implementation
+    )
+    assert model.config._attn_implementation == implementation
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_leak_is_found(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose attention forgets boundaries and masks alike."""
+    model = NeMoAutoModelForCausalLM.from_config(tiny_config("llama"), dtype=str(dtype))
+    with torch.no_grad():
+        for layer in model.model.layers:  # attention of some weight, as a trained model has
+            layer.self_attn.v_proj.weight.mul_(20)
+            layer.self_attn.o_proj.weight.mul_(20)
+
+    def forgetful(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        kwargs.pop("cu_seq_lens_q", None)
+        return attention(module, query, key, value, None, **kwargs)
+
+    attention = function.attention
+    monkeypatch.setattr(function, "attention", forgetful)
+    with pytest.raises(ModelError, match="other logits than the same document by itself"):
+        require_packing(model)

@@ -1,0 +1,100 @@
+"""Trying packed documents on a model: two short ones, packed and by themselves, before training starts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from nemo_automodel._transformers.packing import FIX, PASSES_DOCUMENTS, refuse_packing
+from nemo_automodel.components.attention import function
+from nemo_automodel.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+_LENGTHS = (5, 9)  # of the two documents tried
+
+
+def require_packing(model: nn.Module) -> None:
+    """Raise ModelError, with the reason, where packed documents would see each other in ``model``.
+
+    Call it on a whole model, before it is sharded; two short documents are run through it.
+    """
+    refuse_packing(model)
+    _try_two_documents(model)
+
+
+@torch.no_grad()
+def _try_two_documents(model: nn.Module) -> None:
+    """Find out whether boundaries reach every attention call, or a mask must say them; raise where neither helps."""
+    training = model.training
+    model.eval()
+    try:
+        with _recorded_calls() as calls:
+            model.__dict__[PASSES_DOCUMENTS] = True
+            _packed_logits(model)
+        model.__dict__[PASSES_DOCUMENTS] = bool(calls) and all(calls)
+        if not all(calls):
+            logger.warning(
+                "%s: packed documents are kept apart by a dense mask, which is slower, because its layers do not hand "
+                "their boundaries to the attention function",
+                type(model).__name__,
+            )
+        if not _apart(model):
+            raise ModelError(
+                f"packed_sequence: {type(model).__name__} gives a packed document other logits than the same document "
+                f"by itself; {FIX}"
+            )
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _recorded_calls() -> Iterator[list[bool]]:
+    """For each call of our attention inside: did it get to know where documents end?"""
+    calls: list[bool] = []
+
+    def recorder(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> Any:
+        calls.append(mask is not None or kwargs.get("cu_seq_lens_q") is not None)
+        return function.attention(module, query, key, value, mask, **kwargs)
+
+    AttentionInterface.register(function.NAME, recorder)
+    try:
+        yield calls
+    finally:
+        function.register()
+
+
+def _documents(model: nn.Module) -> list[Tensor]:
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    rows = embedding.weight.shape[0]
+    ids = torch.arange(7, 7 + sum(_LENGTHS), device=embedding.weight.device) * 7919 % rows
+    return [part[None] for part in ids.split(_LENGTHS)]
+
+
+def _packed_logits(model: nn.Module) -> Tensor:
+    ids = torch.cat(_documents(model), dim=1)
+    boundaries = torch.tensor([0, _LENGTHS[0], sum(_LENGTHS)], dtype=torch.int32, device=ids.device)
+    positions = torch.cat([torch.arange(n, device=ids.device) for n in _LENGTHS])[None]
+    packed: dict[str, Any] = {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
+    packed |= {"max_length_q": max(_LENGTHS), "max_length_k": max(_LENGTHS)}
+    return model(input_ids=ids, position_ids=positions, use_cache=False, **packed).logits.float()
+
+
+def _apart(model: nn.Module) -> bool:
+    """Whether most tokens of both documents have the logits they have alone, to what the dtype can tell.
+
+    Most, not all: in 16 bit an expert may be chosen otherwise by a hair.
+    """
+    packed = _packed_logits(model)
+    alone = torch.cat([model(input_ids=ids, use_cache=False).logits.float() for ids in _documents(model)], dim=1)
+    tolerance = (1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2) * alone.std()
+    off = (packed - alone).square().mean(-1).sqrt() > tolerance
+    return bool(off.float().mean() < 0.5)
