@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +85,21 @@ def save_tensors(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write sharded and whole tensors; every rank calls it and writes what it holds. Files are fsynced."""
     threads = min(8, os.cpu_count() or 1)
     writer = FileSystemWriter(directory, thread_count=threads, overwrite=True)
-    dcp.save(dict(tensors), storage_writer=writer, planner=DefaultSavePlanner(flatten_state_dict=False))
+    with _single_process_is_fine():
+        dcp.save(dict(tensors), storage_writer=writer, planner=DefaultSavePlanner(flatten_state_dict=False))
 
 
 def load_tensors(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Fill ``tensors`` in place, each rank its shards, whatever the number of ranks that saved; every rank calls it."""
-    if tensors:
+    if not tensors:
+        return
+    with _single_process_is_fine():
         dcp.load(dict(tensors), storage_reader=_Reader(directory), planner=_TensorPlanner(flatten_state_dict=False))
+
+
+@contextmanager
+def _single_process_is_fine() -> Iterator[None]:
+    """Without the warning that DCP gives where there is no process group: then one process is what is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

@@ -46,9 +46,7 @@ def write_resume(state: TrainState, directory: Path, ranks: Ranks, extra: Mappin
     tensors, document, aside = ranks.together("Collecting the state", lambda: _collect(state, extra))
     ranks.together("Saving the state", lambda: save_tensors(directory / TENSORS, tensors))
     ranks.on_main("Saving the state", lambda: _write(directory / "state.json", document, aside))
-    rng_aside: dict[str, torch.Tensor] = {}
-    rng = plain.encode(state.rng.state_dict(), rng_aside, "rng")
-    ranks.together("Saving the random state", lambda: _write(_rank_file(directory, ranks.rank), rng, rng_aside))
+    ranks.together("Saving the random state", lambda: _write_rng(state, _rank_file(directory, ranks.rank)))
 
 
 def _collect(
@@ -174,10 +172,13 @@ def load_resume(state: TrainState, directory: Path, ranks: Ranks) -> None:
     targets |= {f"optimizer/{name}/{key}": t for name, values in loaded.items() for key, t in values.items()}
     ranks.together("Loading the state", lambda: load_tensors(directory / TENSORS, targets))
 
-    _load_optimizer(state.optimizer, names, document["optimizer"], loaded, aside)
-    state.lr_scheduler.load_state_dict(plain.decode(document["lr_scheduler"], aside))
-    state.schedule.load_state_dict(plain.decode(document["schedule"], aside))
-    _load_rng(state, directory, ranks)
+    def restore_the_rest() -> None:
+        _load_optimizer(state.optimizer, names, document["optimizer"], loaded, aside)
+        state.lr_scheduler.load_state_dict(plain.decode(document["lr_scheduler"], aside))
+        state.schedule.load_state_dict(plain.decode(document["schedule"], aside))
+        _load_rng(state, directory, ranks.rank)
+
+    ranks.together("Restoring optimizer, lr_scheduler, schedule and rng", restore_the_rest)
 
 
 def _check_weights(names: Mapping[str, torch.Tensor], stored: Mapping[str, tuple[torch.dtype, torch.Size]]) -> None:
@@ -256,10 +257,15 @@ def _spans(optimizer: torch.optim.Optimizer) -> Iterable[tuple[int, int]]:
         start += len(group["params"])
 
 
-def _load_rng(state: TrainState, directory: Path, ranks: Ranks) -> None:
-    path = _rank_file(directory, ranks.rank)
+def _write_rng(state: TrainState, path: Path) -> None:
+    aside: dict[str, torch.Tensor] = {}
+    _write(path, plain.encode(state.rng.state_dict(), aside, "rng"), aside)
+
+
+def _load_rng(state: TrainState, directory: Path, rank: int) -> None:
+    path = _rank_file(directory, rank)
     if not path.exists():
-        logger.warning("The checkpoint was saved by fewer ranks: rank %d takes rank 0's random state.", ranks.rank)
+        logger.warning("The checkpoint was saved by fewer ranks: rank %d takes rank 0's random state.", rank)
         path = _rank_file(directory, 0)
     state.rng.load_state_dict(plain.decode(json.loads(path.read_text()), _aside(path)))
 
