@@ -76,6 +76,8 @@ def _load(name: str, revision: str | None, trust_remote_code: bool, kwargs: dict
             f"{what}: the directory has no tokenizer files ({', '.join(_FILES[:3])}); "
             "set tokenizer.pretrained_model_name_or_path to where they are"
         )
+    if local and (pointer := _lfs_pointer(path)):
+        raise ModelError(f"{what}: {pointer} is a Git LFS pointer, not the file itself; run `git lfs pull` in {path}")
     options = {"revision": revision, "trust_remote_code": trust_remote_code, **kwargs}
     try:
         return with_retries(lambda: AutoTokenizer.from_pretrained(str(path) if local else name, **options), what)
@@ -92,6 +94,15 @@ def _problem(error: Exception, what: str, name: str, local: bool) -> str:
     if local:
         return f"{what}: its files cannot be read: {' '.join(text.split())[:200]}"
     return hub_problem(error, what, name)
+
+
+def _lfs_pointer(path: Path) -> str | None:
+    """The first tokenizer file that a clone without Git LFS left as a pointer."""
+    for name in _FILES:
+        file = path / name
+        if file.is_file() and file.open("rb").read(40).startswith(b"version https://git-lfs"):
+            return name
+    return None
 
 
 def _template(text_or_path: str) -> str:

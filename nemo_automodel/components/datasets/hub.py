@@ -11,22 +11,22 @@ from typing import TypeVar
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-RETRIES = 3
 _FIRST_WAIT = 1.0  # seconds; doubled each time
+_PATIENCE = 10.0  # seconds; most calls of huggingface_hub back off by themselves, and then there is no point in more
 
 
 def with_retries(call: Callable[[], T], what: str) -> T:
-    """``call()``, again after 1, 2 and 4 seconds while the Hub answers 429 or 5xx or cuts the connection."""
-    for attempt in range(RETRIES):
+    """``call()``, again after 1, 2, 4, 8 seconds while the Hub answers 429 or 5xx or cuts the connection."""
+    start, wait = time.monotonic(), _FIRST_WAIT
+    while True:
         try:
             return call()
         except Exception as error:
-            if not _passes_by_itself(error):
+            if _offline() or not _passes_by_itself(error) or time.monotonic() - start > _PATIENCE:
                 raise
-            wait = _FIRST_WAIT * 2**attempt
             logger.warning("%s: %s; trying again in %.0f s", what, _first_line(error), wait)
-            time.sleep(wait)
-    return call()
+        time.sleep(wait)
+        wait *= 2
 
 
 def hub_problem(error: BaseException, what: str, page: str = "") -> str:
@@ -42,9 +42,10 @@ def hub_problem(error: BaseException, what: str, page: str = "") -> str:
     text = " ".join(str(cause) for cause in chain).lower()
     status = next((code for cause in chain if (code := _status(cause)) is not None), None)
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    if "GatedRepoError" in names or "gated" in text:
+    if "GatedRepoError" in names or "gated dataset" in text or "gated repo." in text:
         return f"{what} is gated: ask for access at {endpoint}/{page} and log in with `hf auth login` (or set HF_TOKEN)"
-    if names & {"OfflineModeIsEnabled", "LocalEntryNotFoundError"} and _offline():
+    unreached = _passes_by_itself(error) or names & {"OfflineModeIsEnabled", "LocalEntryNotFoundError"}
+    if status is None and unreached and _offline():
         return (
             f"{what} is not in the local cache and HF_HUB_OFFLINE=1 forbids a download; unset it, or give a local path"
         )
@@ -60,8 +61,8 @@ def hub_problem(error: BaseException, what: str, page: str = "") -> str:
             "check the spelling, and if it is private log in with `hf auth login`"
         )
     if status is not None and (status >= 500 or status == 429):
-        return f"{what}: the Hub answered {status} {RETRIES + 1} times; try again later (what is downloaded so far is kept)"
-    if _passes_by_itself(error) or "LocalEntryNotFoundError" in names:
+        return f"{what}: the Hub answers {status}, also when asked again; try again later (what is downloaded so far is kept)"
+    if unreached:
         return (
             f"{what}: cannot reach {endpoint}, and it is not in the local cache; "
             "check the network or HF_ENDPOINT, or give a local path"

@@ -124,9 +124,17 @@ class DataLoader:
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
         """This rank's micro-batches of every optimizer step of ``epoch``, from its step ``first_step`` on."""
         keys = [self._keys(epoch, step) for step in range(first_step, self.steps_per_epoch(epoch))]
-        stream = iter(self._stream([key for step in keys for key in step]))
-        for step in keys:
-            yield [self._next(stream) for _ in step]
+        try:
+            stream = iter(self._stream([key for step in keys for key in step]))
+            for step in keys:
+                yield [_sound(next(stream)) for _ in step]
+        except RuntimeError as error:
+            message = str(error).splitlines()[0] if str(error) else ""
+            if not message.startswith("DataLoader"):
+                raise
+            raise AutoModelError(
+                f"a data worker stopped: {message}; if it was killed for memory, set dataloader.num_workers=0"
+            ) from error
 
     def global_batch(self, epoch: int, step: int) -> list[Any]:
         """The rows (packed: packs, as lists of rows) of one optimizer step over all ranks, in order."""
@@ -162,21 +170,6 @@ class DataLoader:
             collate_fn=_as_is,
             generator=torch.Generator().manual_seed(self.seed % 2**63),  # else iter() draws from the global RNG
         )
-
-    def _next(self, stream: Iterator[Any]) -> Batch:
-        try:
-            batch = next(stream)
-        except RuntimeError as error:
-            if "DataLoader" not in str(error) or "Original Traceback" in str(error):
-                raise
-            raise AutoModelError(
-                f"a data worker stopped: {str(error).splitlines()[0]}; if it was killed for memory, set dataloader.num_workers=0"
-            ) from error
-        if isinstance(
-            batch, AutoModelError
-        ):  # sent as a value, because torch rewrites the text of a worker's exception
-            raise batch
-        return batch
 
     def _check_enough(self) -> None:
         items = len(self._order(0))
@@ -254,6 +247,12 @@ def _lengths(dataset: Any) -> list[int]:
     if known is not None:
         return [int(n) for n in known]
     return [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
+
+
+def _sound(batch: Any) -> Batch:
+    if isinstance(batch, AutoModelError):  # sent as a value, because torch rewrites the text of a worker's exception
+        raise batch
+    return batch
 
 
 def _as_is(batch: Any) -> Any:

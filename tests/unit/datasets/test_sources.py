@@ -167,7 +167,7 @@ def http_error(status: int, kind: str = "HfHubHTTPError") -> Exception:
         (http_error(401), "log in with `hf auth login`"),
         (http_error(403), r"access denied \(403\)"),
         (http_error(404, "RevisionNotFoundError"), "no such revision"),
-        (http_error(503), "the Hub answered 503 4 times; try again later"),
+        (http_error(503), "the Hub answers 503, also when asked again; try again later"),
         (ConnectionError("refused"), "cannot reach .*; check the network or HF_ENDPOINT, or give a local path"),
     ],
 )
@@ -204,5 +204,8 @@ def test_what_passes_by_itself_is_tried_again(monkeypatch) -> None:
 
     assert with_retries(call, "x") == "ok"
     assert len(calls) == 4
+    monkeypatch.setattr("nemo_automodel.components.datasets.hub._PATIENCE", -1.0)
+    with pytest.raises(Exception, match="503"):  # the call backed off by itself, for longer than we would
+        with_retries(lambda: (_ for _ in ()).throw(http_error(503)), "x")
     with pytest.raises(Exception, match="404"):
         with_retries(lambda: (_ for _ in ()).throw(http_error(404)), "x")
