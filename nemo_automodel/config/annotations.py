@@ -19,6 +19,7 @@ _TUPLES = {"tuple", "Tuple"}
 _SETS = {"set", "Set", "frozenset", "FrozenSet"}
 _MAPPINGS = {"dict", "Dict", "Mapping", "MutableMapping", "OrderedDict"}
 _PATHS = {"Path", "PathLike", "PurePath", "StrPath"}
+_BUILT = {"Tensor", "Parameter", "Module"}
 _WRAPPERS = {"Optional", "Union", "Annotated", "Final", "ClassVar"}
 _SCALAR_BASES = {"str", "int", "float", "bool", "dict", "list", "TypedDict", "Protocol"}
 _ALIAS_DEPTH = 4
@@ -97,6 +98,8 @@ class Annotations:
             return (Fit.YES if isinstance(value, str) else Fit.NO), value
         if name in _ANYTHING or name is None or isinstance(value, dict):
             return Fit.UNKNOWN, value
+        if name in _BUILT:
+            return Fit.NO, value
         found = self._sources.in_module(module, ast.unparse(annotation)) if module else None
         return (Fit.NO if self._is_plain_class(found) else Fit.UNKNOWN), value
 

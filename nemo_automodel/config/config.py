@@ -216,9 +216,15 @@ def load(
     validator = Validator(sections, policy, str(path))
     calls = validator.check(root)
     problems = validator.problems or check_values(calls, str(path))
+    policy.sources.forget()
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError("\n".join(sorted(problems, key=_line_of)))
     return Config(Path(path), sections, calls, policy)
+
+
+def _line_of(problem: str) -> int:
+    match = re.match(r".*?:(\d+) ", problem)
+    return int(match[1]) if match else 0
 
 
 def _as_yaml(value: Any) -> Any:

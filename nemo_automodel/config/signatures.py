@@ -113,19 +113,19 @@ class Signatures:
             return self._of_class(target, definition, depth)
         return Signature(target, known=False, open=True, var_keyword=True, definition=definition)
 
-    def _of_function(self, target: str, definition: Definition, depth: int, doc: str | None = None) -> Signature:
+    def _of_function(self, target: str, definition: Definition, depth: int, doc: dict[str, str] | None = None) -> Signature:
         node = definition.node
         assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         parameters = self._parameters(node, definition.module)
         if definition.owner is not None and not _has_decorator(node, "staticmethod"):
             parameters = dict(list(parameters.items())[1:])
-        described = arguments(doc) | arguments(ast.get_docstring(node))
+        described = (doc or {}) | arguments(ast.get_docstring(node))
         signature = Signature(target, parameters, doc=described, definition=definition)
         if node.args.kwarg is None:
             return signature
         extra, is_open = self._extra(definition, node, depth)
         hidden = {node.args.kwarg.arg, node.args.vararg.arg if node.args.vararg else "", "args", "kwargs"}
-        named = {name for name in extra | set(described) if not name.startswith("_")} - hidden
+        named = {n for n in extra | set(described) if not n.startswith("_")} - hidden - set(parameters)
         return replace(signature, extra=frozenset(named), open=is_open, var_keyword=True)
 
     def _of_class(self, target: str, definition: Definition, depth: int) -> Signature:
@@ -137,7 +137,7 @@ class Signatures:
             init = _method(cls.node, "__init__") or _method(cls.node, "__new__")
             if init is not None:
                 found = Definition("function", cls.module, f"{cls.qualname}.{init.name}", init, definition)
-                return self._of_function(target, found, depth, ast.get_docstring(cls.node))
+                return self._of_function(target, found, depth, _class_docs(lineage[: i + 1]))
             if _is_dataclass(lineage[i:]):
                 return self._of_dataclass(target, definition, lineage[i:])
             if any(ast.unparse(base).rpartition(".")[2] in ("Enum", "IntEnum", "StrEnum") for base in cls.node.bases):
@@ -167,6 +167,7 @@ class Signatures:
                 continue
             default, source = self._field_default(statement.value, cls.module)
             if source != "field(init=False)":
+                default = _as_annotated(default, annotation)
                 yield Parameter(statement.target.id, default, annotation, source, cls.module)
 
     def _field_default(self, value: ast.expr | None, module: str) -> tuple[Any, str | None]:
@@ -201,6 +202,7 @@ class Signatures:
         ]:
             default, source = self._default(default_node, module)
             annotation = ast.unparse(argument.annotation) if argument.annotation else None
+            default = _as_annotated(default, annotation)
             only = argument in spec.posonlyargs
             found[argument.arg] = Parameter(argument.arg, default, annotation, source, module, only)
         return found
@@ -254,6 +256,21 @@ class Signatures:
             if found is not None:
                 return found
         return None
+
+
+def _class_docs(classes: list[Definition | None]) -> dict[str, str]:
+    """Argument descriptions of a class and of what it inherits from, its own first."""
+    found: dict[str, str] = {}
+    for cls in classes:
+        if cls is not None and isinstance(cls.node, ast.ClassDef):
+            found = arguments(ast.get_docstring(cls.node)) | found
+    return found
+
+
+def _as_annotated(default: Any, annotation: str | None) -> Any:
+    """``timeout: float = 0`` is 0.0, as it would be from the YAML."""
+    is_float = annotation is not None and "float" in annotation and "int" not in annotation
+    return float(default) if is_float and type(default) is int else default
 
 
 def _names_read(node: ast.AST, kwargs: str) -> Iterator[str]:

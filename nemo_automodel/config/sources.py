@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.machinery
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -193,6 +194,10 @@ class Sources:
     def add_file(self, name: str, file: Path) -> None:
         """Make a single file known as the top-level module ``name``."""
         self._modules[name] = Module(name, file, None)
+
+    def forget(self) -> None:
+        """Let go of everything parsed (tens of megabytes); it is read again when asked for."""
+        self._modules.clear()
 
     def module(self, name: str) -> Module | None:
         """The module of that dotted name, or None; nothing is imported."""
@@ -409,4 +414,9 @@ def _promising(origins: Sequence[str], name: str) -> list[str]:
         return len(leaf) if word.startswith(leaf) else 0
 
     ordered = sorted(origins, key=affinity, reverse=True)
-    return [o for o in ordered if affinity(o)] if len(ordered) > _MANY_STARS else ordered
+    if len(ordered) <= _MANY_STARS:
+        return ordered
+    begins = [origin for origin in ordered if affinity(origin)]
+    shared = {o: len(os.path.commonprefix([word, o.rpartition(".")[2].replace("_", "")])) for o in origins}
+    longest = max(shared.values())
+    return begins or [o for o in origins if shared[o] == longest >= 3][:4]

@@ -200,7 +200,7 @@ class Validator:
             signature = self._signature(target, written, path)
             fields = {key: child for key, child in node.value.items() if key != "model_type"}
             if signature is not None:
-                self._arguments(path, signature, fields, set(signature.parameters), written)
+                self._arguments(path, signature, fields, set(), written)
 
     def _nested(self, node: Node, path: str) -> None:
         """Find and check every ``_target_`` below ``node``."""
@@ -224,7 +224,8 @@ class Validator:
         """A value for what the recipe builds itself (a tokenizer, a mesh) is a value in the wrong place."""
         for key in [key for key in spec.offered if key in written]:
             node, parameter = written[key], signature.parameters.get(key)
-            is_simple = parameter is not None and _SIMPLE.search(parameter.annotation or "") is not None
+            annotation = parameter.annotation if parameter is not None else None
+            is_simple = annotation is None or _SIMPLE.search(annotation) is not None
             if (node.is_mapping and "_target_" in node.value) or (
                 is_simple and not isinstance(node.value, dict | list)
             ):
