@@ -1,7 +1,7 @@
 """Tensors of all ranks through torch.distributed.checkpoint (DCP), with nothing in the files that could run.
 
-DCP's index is a pickle. It is read with an unpickler that knows DCP's own few data classes and nothing else, and
-entries that are not tensors, which DCP would unpickle too, are refused.
+The tensors are safetensors files. DCP's index is a pickle: it is read with an unpickler that knows DCP's own few data
+classes and nothing else, and entries that are not tensors, which DCP would unpickle too, are refused.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +17,13 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import SerializationFormat
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
 
 from nemo_automodel.errors import CheckpointError
 
@@ -53,10 +58,30 @@ class _Reader(FileSystemReader):
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
 
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Copy the asked-for slices out of the safetensors files into the planner's tensors."""
+        per_file: dict[str, list[ReadItem]] = defaultdict(list)
+        for item in plan.items:
+            if item.type == LoadItemType.BYTE_IO:
+                raise CheckpointError(f"{item.dest_index.fqn} is stored as a pickle, not as a tensor; refused")
+            per_file[self.storage_data[item.storage_index].relative_path].append(item)
+        for name, items in per_file.items():
+            with safe_open(Path(self.path) / name, framework="pt") as file:
+                for item in items:
+                    target = planner.resolve_tensor(item).detach()
+                    target.copy_(_read_slice(file, item))
+                    planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
 
-class _TensorPlanner(DefaultLoadPlanner):
-    def load_bytes(self, read_item: Any, value: Any) -> None:
-        raise CheckpointError(f"{read_item.dest_index.fqn} is stored as a pickle, not as a tensor; refused")
+
+def _read_slice(file: Any, item: ReadItem) -> torch.Tensor:
+    name = item.storage_index.fqn
+    if not item.lengths:  # a scalar has no slices
+        return file.get_tensor(name)
+    spans = zip(item.storage_offsets, item.lengths, strict=True)
+    return file.get_slice(name)[tuple(slice(start, start + length) for start, length in spans)]
 
 
 def read_index(directory: Path) -> Metadata:
@@ -84,7 +109,9 @@ def stored_tensors(directory: Path) -> dict[str, tuple[torch.dtype, torch.Size]]
 def save_tensors(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write sharded and whole tensors; every rank calls it and writes what it holds. Files are fsynced."""
     threads = min(8, os.cpu_count() or 1)
-    writer = FileSystemWriter(directory, thread_count=threads, overwrite=True)
+    writer = FileSystemWriter(
+        directory, thread_count=threads, overwrite=True, serialization_format=SerializationFormat.SAFETENSORS
+    )
     with _single_process_is_fine():
         dcp.save(dict(tensors), storage_writer=writer, planner=DefaultSavePlanner(flatten_state_dict=False))
 
@@ -94,7 +121,7 @@ def load_tensors(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     if not tensors:
         return
     with _single_process_is_fine():
-        dcp.load(dict(tensors), storage_reader=_Reader(directory), planner=_TensorPlanner(flatten_state_dict=False))
+        dcp.load(dict(tensors), storage_reader=_Reader(directory), planner=DefaultLoadPlanner(flatten_state_dict=False))
 
 
 @contextmanager
