@@ -100,10 +100,8 @@ def _varlen(
         "scale": scaling,
         "window_size": (window - 1, 0) if window else (-1, 0 if causal else -1),
     }
-    if heads != key.shape[1] and _TAKES_GQA:
+    if heads != key.shape[1] and _TAKES_GQA:  # torch 2.11 has no such argument and groups heads unasked
         options["enable_gqa"] = True
-    elif heads != key.shape[1]:
-        key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
     q, k, v = (x.transpose(1, 2).reshape(batch * length, -1, size) for x in (query, key, value))
     out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
     return out.view(batch, length, heads, size).transpose(1, 2)
