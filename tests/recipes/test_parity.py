@@ -69,17 +69,17 @@ def test_twenty_steps_equal_plain_transformers(tmp_path, case, loss_fn):
         pytest.skip("the unfused loss is compared on one architecture")
     workspace = make_workspace(tmp_path, case.split()[0], **CASES[case])
     overrides = [
-        f"--step_scheduler.max_steps={STEPS}", "--optimizer.lr=0.003", "--step_scheduler.local_batch_size=8",
+        f"--step_scheduler.max_steps={STEPS}", "--optimizer.lr=0.001", "--step_scheduler.local_batch_size=8",
         "--lr_scheduler.decay=constant", "--lr_scheduler.warmup_steps=0",
         f"--loss_fn._target_=nemo_automodel.components.loss.{loss_fn}",
     ]  # fmt: skip
     ours = [line["loss"] for line in workspace.run(*overrides)]
     data, order = rows_and_order(workspace, overrides)
     coef = CASES[case].get("router_aux_loss_coef", 0.0)
-    oracle, trained = plain_loop(workspace.model_dir, data, order, 0.003, coef)
+    oracle, trained = plain_loop(workspace.model_dir, data, order, 0.001, coef)
     assert len(ours) == STEPS
     assert ours == pytest.approx(oracle, rel=1e-5)
-    assert oracle[-1] < 0.9 * oracle[0]
+    assert oracle[-1] < 0.97 * oracle[0]
 
     saved = next((tmp_path / "out").glob(f"epoch_*_step_{STEPS}")) / "model"
     reloaded = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)

@@ -32,11 +32,11 @@ def test_class_9_resume_is_bitwise(tmp_path, case, stop):
     if stop != 9 and case not in ("sft", "packed"):
         pytest.skip("every stop point is tried with full and packed training")
     workspace = make_workspace(tmp_path)
-    every = f"--step_scheduler.ckpt_every_steps={stop}"
-    whole = trace(workspace.run(*CASES[case], every, out="whole"))
+    args = [*CASES[case], f"--step_scheduler.ckpt_every_steps={stop}", "--checkpoint.keep_last=null"]
+    whole = trace(workspace.run(*args, out="whole"))
     assert len(whole) == 12
     checkpoint = next((tmp_path / "whole").glob(f"epoch_*_step_{stop}"))
-    resumed = trace(workspace.run(*CASES[case], every, f"--checkpoint.restore_from={checkpoint}", out="resumed"))
+    resumed = trace(workspace.run(*args, f"--checkpoint.restore_from={checkpoint}", out="resumed"))
     assert resumed == {step: line for step, line in whole.items() if step > stop}
 
 
