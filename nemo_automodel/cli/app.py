@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -89,9 +90,12 @@ def _typer_app(verb: str) -> Callable[..., Any]:
 
     for name, (module, text) in VERBS.items():
         function = getattr(import_module(module), name) if name == verb else _unused
-        settings = {"allow_extra_args": True, "ignore_unknown_options": True}
-        raw: dict[str, Any] = {"add_help_option": False, "context_settings": settings} if name == "finetune" else {}
-        app.command(name, help=text if name != verb or name == "finetune" else None, **raw)(function)
+        summary = inspect.cleandoc(function.__doc__).split("\n\n")[0] if name == verb and function.__doc__ else text
+        if name == "finetune":  # it reads its own arguments: overrides are not options that typer could know
+            settings = {"allow_extra_args": True, "ignore_unknown_options": True}
+            app.command(name, help=summary, add_help_option=False, context_settings=settings)(function)
+        else:
+            app.command(name, help=summary)(function)
     return functools.partial(_run, app)
 
 

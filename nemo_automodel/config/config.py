@@ -216,7 +216,6 @@ def load(
     validator = Validator(sections, policy, str(path))
     calls = validator.check(root)
     problems = validator.problems or check_values(calls, str(path))
-    policy.sources.forget()
     if problems:
         raise ConfigError("\n".join(sorted(problems, key=_line_of)))
     return Config(Path(path), sections, calls, policy)

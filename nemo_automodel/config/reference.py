@@ -75,7 +75,7 @@ def keys(domain: str = "llm") -> list[str]:
     found = []
     for name, section in RECIPES[domain].items():
         signatures = [s for s in _signatures(name, section) if s.target == section.target]
-        found += [f"{name}.{parameter.name}" for s in signatures for parameter in _settable(section, s)]
+        found += [f"{name}.{parameter.name}" for s in signatures for parameter in _documented(section, s)]
         found += [] if signatures else [f"{name}._target_"]
     return found
 
@@ -91,6 +91,13 @@ def _signatures(name: str, section: Section) -> Iterator[Signature]:
             continue
 
 
+def _documented(section: Section, signature: Signature) -> list[Parameter]:
+    """What the reference lists: every key of a target of ours; of a library's, those that we have a default for."""
+    rows = _settable(section, signature)
+    is_ours = signature.target.startswith("nemo_automodel.")
+    return rows if is_ours else [parameter for parameter in rows if parameter.name in section.defaults]
+
+
 def _settable(section: Section, signature: Signature) -> list[Parameter]:
     """What a YAML may set: everything but what the recipe gives."""
     return [p for p in signature.parameters.values() if p.name not in section.offered]
@@ -100,9 +107,12 @@ def _table(name: str, section: Section, signature: Signature) -> Iterator[str]:
     yield f"### `{signature.target}`"
     yield ""
     if signature.definition is not None and describe(signature.definition):
-        yield describe(signature.definition)
+        yield describe(signature.definition).replace("``", "`")
         yield ""
-    rows = _settable(section, signature)
+    if not signature.target.startswith("nemo_automodel."):
+        yield "Every other argument it has can be written too; these have a default of ours:"
+        yield ""
+    rows = _documented(section, signature)
     if not rows:
         yield "No keys."
         yield ""
@@ -114,7 +124,7 @@ def _table(name: str, section: Section, signature: Signature) -> Iterator[str]:
             f"`{parameter.name}`",
             f"`{_type(parameter)}`",
             f"`{_default(name, section, signature, parameter)}`" if parameter.default is not REQUIRED else "required",
-            signature.doc.get(parameter.name, ""),
+            signature.doc.get(parameter.name, "").replace("``", "`") or "as its documentation says",
         )
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
     yield ""
@@ -126,19 +136,12 @@ def _type(parameter: Parameter) -> str:
 
 def _default(name: str, section: Section, signature: Signature, parameter: Parameter) -> str:
     ours = default_arguments(name, section, signature.target, {}, has_peft=False)
-    if parameter.name in ours:
-        value = ours[parameter.name]
-    elif parameter.default is REQUIRED:
+    if parameter.name not in ours and parameter.default is REQUIRED:
         return ""
-    elif parameter.default is None or isinstance(parameter.default, bool):
-        value = parameter.default
-    else:
-        return parameter.default_source or ""
-    return (
-        {None: "null", True: "true", False: "false"}.get(value, str(value))
-        if not isinstance(value, list)
-        else str(value)
-    )
+    value = ours.get(parameter.name, parameter.default)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value) if parameter.name in ours else parameter.default_source or ""
 
 
 def _presence(section: Section) -> str:

@@ -113,7 +113,9 @@ class Signatures:
             return self._of_class(target, definition, depth)
         return Signature(target, known=False, open=True, var_keyword=True, definition=definition)
 
-    def _of_function(self, target: str, definition: Definition, depth: int, doc: dict[str, str] | None = None) -> Signature:
+    def _of_function(
+        self, target: str, definition: Definition, depth: int, doc: dict[str, str] | None = None
+    ) -> Signature:
         node = definition.node
         assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         parameters = self._parameters(node, definition.module)
@@ -230,7 +232,7 @@ class Signatures:
         if definition.path in KEYWORDS_OF:
             declared = KEYWORDS_OF[definition.path]
             target = self._sources.resolve(declared) if declared else None
-            names = self.of(declared, target).names() if declared and target is not None else []
+            names = self._read(declared, target, 0).names() if declared and target is not None else []
             return extra | set(names), declared is not None and target is None
         is_open = _escapes(node, kwargs)
         for call in _calls_forwarding(node, kwargs):

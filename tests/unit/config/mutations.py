@@ -165,7 +165,9 @@ def _mistyped_keys(name: str, text: str) -> list[Mutation]:
         if key in ("question", "answer"):  # a mapping that is data, not arguments
             continue
         wrong = typo(key)
-        found.append(Mutation(f"{name}-key-{line}-{key}", _replace(text, line, key, wrong), RUN, line, (wrong, f"`{key}`")))
+        found.append(
+            Mutation(f"{name}-key-{line}-{key}", _replace(text, line, key, wrong), RUN, line, (wrong, f"`{key}`"))
+        )
     return found
 
 
@@ -188,7 +190,9 @@ def _wrong_values(name: str, text: str) -> list[Mutation]:
             value, says = _WRONG_VALUES[key]
             old = f"{key}:{rest.split('#')[0].rstrip()}"
             place = 0 if key == "local_batch_size" else line  # two keys disagree: either may be named
-            found.append(Mutation(f"{name}-value-{key}", _replace(text, line, old, f"{key}: {value}"), RUN, place, (key, says)))
+            found.append(
+                Mutation(f"{name}-value-{key}", _replace(text, line, old, f"{key}: {value}"), RUN, place, (key, says))
+            )
     return found
 
 

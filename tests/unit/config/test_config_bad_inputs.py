@@ -120,7 +120,11 @@ def test_bad_value(recipe, section, expected):
     ],
 )  # fmt: skip
 def test_bad_model_or_dataset(recipe, text, expected):
-    base = "" if "dataset:" in text or "missing section" in expected else "dataset:\n  _target_: datasets.load_dataset\n  path: x\n"
+    base = (
+        ""
+        if "dataset:" in text or "missing section" in expected
+        else "dataset:\n  _target_: datasets.load_dataset\n  path: x\n"
+    )
     found = message(recipe(base, base=text))
     assert re.search(expected, found), found
 
@@ -155,7 +159,9 @@ def test_mesh_must_divide_the_world(recipe, monkeypatch):
     load(path, ["--step_scheduler.global_batch_size=24"])
     monkeypatch.setenv("WORLD_SIZE", "4")
     found = message(path, "--step_scheduler.global_batch_size=24")
-    assert re.search(r":6 distributed\.dp_size=3: dp_size 3 x tp_size 1 x cp_size 1 = 3, but 4 processes were started", found)
+    assert re.search(
+        r":6 distributed\.dp_size=3: dp_size 3 x tp_size 1 x cp_size 1 = 3, but 4 processes were started", found
+    )
 
 
 def test_batch_counts_the_launched_ranks(recipe, monkeypatch):
@@ -184,7 +190,9 @@ def test_restore_lists_what_there_is(recipe, tmp_path):
 
 def test_override_mistakes_name_the_option(recipe):
     path = recipe("")
-    assert message(path, "--optimizer.lrr=1").startswith("command line optimizer.lrr=1: torch.optim.AdamW takes no such argument")
+    assert message(path, "--optimizer.lrr=1").startswith(
+        "command line optimizer.lrr=1: torch.optim.AdamW takes no such argument"
+    )
     assert "did you mean `optimizer`" in message(path, "--optimiser.lr=1")
 
 

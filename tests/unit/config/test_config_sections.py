@@ -152,7 +152,10 @@ def test_model_name(recipe, tmp_path):
     for body, name in [
         (".from_pretrained\n  pretrained_model_name_or_path: a/b\n", "a/b"),
         (".from_config\n  config: c/d\n", "c/d"),
-        (".from_config\n  config: {_target_: transformers.AutoConfig.from_pretrained, pretrained_model_name_or_path: e/f}\n", "e/f"),
+        (
+            ".from_config\n  config: {_target_: transformers.AutoConfig.from_pretrained, pretrained_model_name_or_path: e/f}\n",
+            "e/f",
+        ),
         (".from_config\n  config: {model_type: llama}\n", None),
     ]:
         (tmp_path / "r.yaml").write_text(target + body + data)
@@ -173,7 +176,9 @@ def test_unread_keys_are_named(recipe, tmp_path):
 
 def test_bad_arguments_found_by_the_constructor_are_a_config_error(recipe):
     cfg = read(recipe("rng:\n  _target_: parts.py:picky\n  limit: 9\n"))
-    with pytest.raises(ConfigError, match=r"r\.yaml:14 rng: picky refuses its arguments: limit 9 is out of range") as caught:
+    with pytest.raises(
+        ConfigError, match=r"r\.yaml:14 rng: picky refuses its arguments: limit 9 is out of range"
+    ) as caught:
         cfg.rng.instantiate()
     assert isinstance(caught.value.__cause__, ValueError)
 
@@ -221,4 +226,7 @@ def test_a_replacement_must_take_what_the_recipe_passes(recipe):
     with pytest.raises(ConfigError, match="the recipe passes `params`, which it does not take"):
         read(recipe("optimizer:\n  _target_: torch.nn.CrossEntropyLoss\n"))
     with pytest.raises(ConfigError, match="the recipe passes `peft`, which it does not take"):
-        read(recipe("peft: {match_all_linear: true}\n"), "--model._target_=transformers.AutoModelForCausalLM.from_pretrained")
+        read(
+            recipe("peft: {match_all_linear: true}\n"),
+            "--model._target_=transformers.AutoModelForCausalLM.from_pretrained",
+        )

@@ -72,7 +72,14 @@ def test_config_dataclass_of_transformers():
 
 def test_keywords_are_those_that_are_read():
     found = read("transformers.PreTrainedModel.from_pretrained")
-    assert {"dtype", "torch_dtype", "device_map", "attn_implementation", "trust_remote_code", "quantization_config"} <= found.extra
+    assert {
+        "dtype",
+        "torch_dtype",
+        "device_map",
+        "attn_implementation",
+        "trust_remote_code",
+        "quantization_config",
+    } <= found.extra
     assert not any(name.startswith("_") for name in found.extra)
 
 
@@ -94,7 +101,11 @@ def test_our_from_pretrained_takes_what_transformers_reads_and_nothing_else():
         ("transformers.AutoTokenizer.from_pretraned", "from_pretraned", "from_pretrained"),
         ("transformers.AutoModelForCausalLm", "AutoModelForCausalLm", "AutoModelForCausalLM"),
         ("datasets.load_datasets", "load_datasets", "load_dataset"),
-        ("nemo_automodel.NeMoAutoModelForCasualLM.from_pretrained", "NeMoAutoModelForCasualLM", "NeMoAutoModelForCausalLM"),
+        (
+            "nemo_automodel.NeMoAutoModelForCasualLM.from_pretrained",
+            "NeMoAutoModelForCasualLM",
+            "NeMoAutoModelForCausalLM",
+        ),
         ("nemo_automodel.components.loss.linear_cee.FusedLinearCrossEntropy", "linear_cee", "linear_ce"),
     ],
 )

@@ -60,7 +60,7 @@ ATTACKS = [
 
 @pytest.mark.parametrize("target", ATTACKS)
 def test_attacks_fail_from_source_and_again_on_the_object(target, folder):
-    with pytest.raises(ConfigError, match="--allow-target|has no") as static:
+    with pytest.raises(ConfigError, match=r"--allow-target|has no") as static:
         TargetPolicy().find(target)
     with pytest.raises((ConfigError, AttributeError, ImportError)):
         TargetPolicy().load(target)
@@ -68,7 +68,11 @@ def test_attacks_fail_from_source_and_again_on_the_object(target, folder):
 
 
 def test_no_dangerous_name_is_reachable_by_another_path(folder):
-    for target in ("torch.save", "torch.utils.data.dataloader.multiprocessing.spawn", "torch.compiler.load_cache_artifacts"):
+    for target in (
+        "torch.save",
+        "torch.utils.data.dataloader.multiprocessing.spawn",
+        "torch.compiler.load_cache_artifacts",
+    ):
         with pytest.raises(ConfigError):
             TargetPolicy().load(target)
     assert "torch.load" in DANGEROUS
@@ -87,7 +91,7 @@ def test_a_flag_can_name_one_callable(folder):
     import torch
 
     assert policy.load("torch.load") is torch.load
-    with pytest.raises(ConfigError, match="--allow-target torch.hub.load"):
+    with pytest.raises(ConfigError, match=r"--allow-target torch\.hub\.load"):
         policy.find("torch.hub.load")
 
 

@@ -106,7 +106,13 @@ def test_duplicate_key_names_both_lines(tmp_path):
 
 @pytest.mark.parametrize(
     "value",
-    ["!!python/object/apply:os.system ['true']", "!!python/name:os.system", "!custom {a: 1}", "!!binary aGk=", "!!set {a}"],
+    [
+        "!!python/object/apply:os.system ['true']",
+        "!!python/name:os.system",
+        "!custom {a: 1}",
+        "!!binary aGk=",
+        "!!set {a}",
+    ],
 )
 def test_tags_that_build_objects_are_refused(tmp_path, value):
     refused(tmp_path, f"a: 1\nb: {value}\n", r"r\.yaml:2 b: the tag .* is refused")
@@ -138,12 +144,24 @@ def test_environment_variables(tmp_path, monkeypatch):
 
 def test_unset_variable_is_an_error(tmp_path, monkeypatch):
     monkeypatch.delenv("UNSET", raising=False)
-    refused(tmp_path, "a:\n  b: x/${UNSET}\n", r"r\.yaml:2 a\.b=x/\$\{UNSET\}: the environment variable UNSET is not set; .*\$\{UNSET:default\}")
+    refused(
+        tmp_path,
+        "a:\n  b: x/${UNSET}\n",
+        r"r\.yaml:2 a\.b=x/\$\{UNSET\}: the environment variable UNSET is not set; .*\$\{UNSET:default\}",
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("[1, 2]", [1, 2]), ("{a: 1e-3}", {"a": 1e-3}), ("'3'", "3"), ("3", 3), ("a: b", "a: b"), ("", None), ("@x", "@x")],
+    [
+        ("[1, 2]", [1, 2]),
+        ("{a: 1e-3}", {"a": 1e-3}),
+        ("'3'", "3"),
+        ("3", 3),
+        ("a: b", "a: b"),
+        ("", None),
+        ("@x", "@x"),
+    ],
 )
 def test_command_line_values(text, value):
     node = parse_value(text, COMMAND_LINE, "k")
@@ -152,13 +170,23 @@ def test_command_line_values(text, value):
 
 
 def test_command_line_value_that_is_not_yaml():
-    with pytest.raises(ConfigError, match="command line.*not valid YAML"):
+    with pytest.raises(ConfigError, match=r"command line.*not valid YAML"):
         parse_value("[1, 2", COMMAND_LINE, "k")
 
 
 def test_dump_reads_back_as_the_same_values(tmp_path):
     data = {
-        "a": {"x": "no", "y": "010", "z": "1e-5", "t": "1:30", "n": None, "f": 1e-5, "big": 1e22, "i": 3, "inf": math.inf},
+        "a": {
+            "x": "no",
+            "y": "010",
+            "z": "1e-5",
+            "t": "1:30",
+            "n": None,
+            "f": 1e-5,
+            "big": 1e22,
+            "i": 3,
+            "inf": math.inf,
+        },
         "b": [1, "two", {"c": ["null", "${HOME}", "", " x ", "a: b", "#"]}],
         "c": {"multi": "one\ntwo\n", "ünï": "çödé", "none": "none", "true": "true", "empty": {}, "list": []},
     }
