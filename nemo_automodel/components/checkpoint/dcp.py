@@ -1,12 +1,12 @@
 """Tensors of all ranks through torch.distributed.checkpoint (DCP), with nothing in the files that could run.
 
-The tensors are safetensors files. DCP's index is a pickle: it is read with an unpickler that knows DCP's own few data
-classes and nothing else, and entries that are not tensors, which DCP would unpickle too, are refused.
+DCP plans who writes and reads which slice; the slices are in safetensors files. (Its own writer pickles each tensor, and
+an error in one of its threads leaves tensors out in silence.) DCP's index is a pickle: it is read with an unpickler that
+knows DCP's own few data classes and nothing else.
 """
 
 from __future__ import annotations
 
-import os
 import pickle
 import warnings
 from collections import defaultdict
@@ -18,15 +18,18 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import SerializationFormat
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from nemo_automodel.errors import CheckpointError
 
+_FILE_BYTES = 2**29
+"""About how much goes into one file, and so how much host memory a save takes beside the tensors themselves."""
 _INDEX = ".metadata"
 _CLASSES = {
     ("torch.distributed.checkpoint.metadata", name)
@@ -35,7 +38,6 @@ _CLASSES = {
         "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING",
     )
 } | {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch", "Size"), ("torch.serialization", "_get_layout"),
     ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"),
 }  # fmt: skip
@@ -52,6 +54,18 @@ class _DataUnpickler(pickle.Unpickler):
         )
 
 
+class _Writer(FileSystemWriter):
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's slices, file by file; where each went is remembered by the file's name."""
+        results = []
+        for number, items in enumerate(_portions(plan.items)):
+            name = f"{plan.storage_data.prefix}{number}.safetensors"
+            tensors = {_key(item.index): _on_cpu(planner.resolve_data(item)) for item in items}
+            save_file(tensors, Path(self.path) / name)
+            results += [WriteResult(i.index, tensors[_key(i.index)].nbytes, storage_data=name) for i in items]
+        return _done(results)
+
+
 class _Reader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         metadata = read_index(Path(self.path))
@@ -59,29 +73,56 @@ class _Reader(FileSystemReader):
         return metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copy the asked-for slices out of the safetensors files into the planner's tensors."""
+        """Copy the slices asked for out of the files into the planner's tensors."""
         per_file: dict[str, list[ReadItem]] = defaultdict(list)
         for item in plan.items:
-            if item.type == LoadItemType.BYTE_IO:
-                raise CheckpointError(f"{item.dest_index.fqn} is stored as a pickle, not as a tensor; refused")
-            per_file[self.storage_data[item.storage_index].relative_path].append(item)
+            per_file[self.storage_data[item.storage_index]].append(item)
         for name, items in per_file.items():
-            with safe_open(Path(self.path) / name, framework="pt") as file:
+            with safe_open(Path(self.path) / Path(name).name, framework="pt") as file:
                 for item in items:
                     target = planner.resolve_tensor(item).detach()
                     target.copy_(_read_slice(file, item))
                     planner.commit_tensor(item, target)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
+        return _done(None)
+
+
+def _portions(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
+    portion: list[WriteItem] = []
+    size = 0
+    for item in items:
+        if item.tensor_data is None:
+            raise CheckpointError(f"{item.index.fqn} is not a tensor")
+        item_bytes = item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
+        if portion and size + item_bytes > _FILE_BYTES:
+            yield portion
+            portion, size = [], 0
+        portion.append(item)
+        size += item_bytes
+    if portion:
+        yield portion
+
+
+def _key(index: MetadataIndex) -> str:
+    """One rank can hold several slices of a tensor: the name in the file tells them apart."""
+    return f"{index.fqn}@{','.join(map(str, index.offset or ()))}"
+
+
+def _on_cpu(tensor: Any) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()  # safetensors refuses views that share memory
 
 
 def _read_slice(file: Any, item: ReadItem) -> torch.Tensor:
-    name = item.storage_index.fqn
+    name = _key(item.storage_index)
     if not item.lengths:  # a scalar has no slices
         return file.get_tensor(name)
     spans = zip(item.storage_offsets, item.lengths, strict=True)
     return file.get_slice(name)[tuple(slice(start, start + length) for start, length in spans)]
+
+
+def _done(value: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future
 
 
 def read_index(directory: Path) -> Metadata:
@@ -107,13 +148,9 @@ def stored_tensors(directory: Path) -> dict[str, tuple[torch.dtype, torch.Size]]
 
 
 def save_tensors(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write sharded and whole tensors; every rank calls it and writes what it holds. Files are fsynced."""
-    threads = min(8, os.cpu_count() or 1)
-    writer = FileSystemWriter(
-        directory, thread_count=threads, overwrite=True, serialization_format=SerializationFormat.SAFETENSORS
-    )
+    """Write sharded and whole tensors; every rank calls it and writes what it holds."""
     with _single_process_is_fine():
-        dcp.save(dict(tensors), storage_writer=writer, planner=DefaultSavePlanner(flatten_state_dict=False))
+        dcp.save(dict(tensors), storage_writer=_Writer(directory), planner=DefaultSavePlanner(flatten_state_dict=False))
 
 
 def load_tensors(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:

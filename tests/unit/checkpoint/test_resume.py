@@ -8,9 +8,10 @@ from collections import Counter, deque
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import lr_scheduler as lrs
 
-from nemo_automodel.components.checkpoint import plain, publish
+from nemo_automodel.components.checkpoint import dcp, plain, publish
 from nemo_automodel.components.checkpoint.checkpointer import Checkpointer
 from nemo_automodel.components.checkpoint.dcp import load_tensors, read_index, save_tensors
 from nemo_automodel.components.checkpoint.ranks import Ranks
@@ -306,10 +307,22 @@ def test_an_index_that_is_none(content, tmp_path):
         read_index(tmp_path)
 
 
-def test_an_entry_that_is_not_a_tensor_is_refused(tmp_path):
-    torch.distributed.checkpoint.save({"a": "an object"}, checkpoint_id=tmp_path)
-    with pytest.raises(BaseException, match="stored as a pickle"):
+def test_what_is_not_a_tensor_is_neither_written_nor_read(tmp_path):
+    with pytest.raises(CheckpointException, match="a is not a tensor"):
+        save_tensors(tmp_path, {"a": "an object"})
+    torch.distributed.checkpoint.save({"a": "an object"}, checkpoint_id=tmp_path)  # DCP's own writer: a pickle
+    with pytest.raises((CheckpointError, CheckpointException), match="refused"):
         load_tensors(tmp_path, {"a": "object"})
+
+
+def test_tensors_are_spread_over_files_of_bounded_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(dcp, "_FILE_BYTES", 1000)
+    tensors = {f"t{i}": torch.randn(10, 10) for i in range(7)}
+    save_tensors(tmp_path, tensors)
+    assert sum(path.suffix == ".safetensors" for path in tmp_path.iterdir()) == 4
+    loaded = {name: torch.zeros(10, 10) for name in tensors}
+    load_tensors(tmp_path, loaded)
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
 
 
 def test_tensors_of_every_dtype(tmp_path):

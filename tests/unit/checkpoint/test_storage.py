@@ -54,7 +54,7 @@ def flip(path, where=0.5):
 FILES = [
     "model/config.json", "model/generation_config.json", "model/model.safetensors", "model/tokenizer.json",
     "model/chat_template.jinja", "model/README.md", "resume/state.json", "resume/rank_00000.json",
-    "resume/rank_00000.safetensors", "resume/tensors/.metadata", "resume/tensors/__0_0.distcp", "manifest.json",
+    "resume/rank_00000.safetensors", "resume/tensors/.metadata", "resume/tensors/__0_0.safetensors", "manifest.json",
 ]  # fmt: skip
 
 
