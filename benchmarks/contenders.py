@@ -37,15 +37,20 @@ def transformers(
     liger: bool = False,
     compiled: bool = False,
     dtype: torch.dtype = torch.bfloat16,
+    fp32_trained: bool = False,
 ) -> Contender:
-    """transformers (+ PEFT where the workload has adapters), with Liger's kernels or compiled layers or both."""
+    """transformers (+ PEFT where the workload has adapters), with Liger's kernels or compiled layers or both.
+
+    ``fp32_trained`` keeps what is trained in fp32: adapters as PEFT does by default, all weights under autocast.
+    """
     from transformers import LlamaForCausalLM
 
     if liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
-    torch.set_default_dtype(dtype)
+    autocast = fp32_trained and not workload.lora_rank
+    torch.set_default_dtype(torch.float32 if autocast else dtype)
     with device:
         model: Any = LlamaForCausalLM(workload.config())
     torch.set_default_dtype(torch.float32)
@@ -60,7 +65,7 @@ def transformers(
         )
         if dtype == torch.float32:
             model.enable_input_require_grads()
-        model = get_peft_model(model, config, autocast_adapter_dtype=False)
+        model = get_peft_model(model, config, autocast_adapter_dtype=fp32_trained)
     fill(model.named_parameters())
     model.train()
     if compiled:
@@ -70,7 +75,8 @@ def transformers(
 
     def forward_backward(batch: Batch) -> torch.Tensor:
         ids = batch["input_ids"].to(device, non_blocking=True)
-        loss = model(input_ids=ids, labels=ids).loss
+        with torch.autocast(device.type, dtype, enabled=autocast):
+            loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         return loss.detach()
 
@@ -120,19 +126,27 @@ Builder = Callable[[Workload, torch.device], Contender]
 REFERENCE = "transformers fp32"
 """What every contender's first loss and gradients are compared with; never timed."""
 
+FP32_TRAINED = "transformers, trained weights in fp32"
 PEERS: dict[str, Builder] = {
     "transformers": transformers,
-    "transformers, compiled layers": lambda w, d: transformers(w, d, compiled=True),
+    FP32_TRAINED: lambda w, d: transformers(w, d, fp32_trained=True),
     "transformers + Liger": lambda w, d: transformers(w, d, liger=True),
+    "transformers, compiled layers": lambda w, d: transformers(w, d, compiled=True),
     "transformers + Liger, compiled layers": lambda w, d: transformers(w, d, liger=True, compiled=True),
+    "transformers + Liger, trained weights in fp32": lambda w, d: transformers(w, d, liger=True, fp32_trained=True),
 }
+PURE_BF16 = "ours, pure bf16"
 OURS: dict[str, dict[str, Builder]] = {
     "A": {"ours": ours, "ours, use_triton": lambda w, d: ours(w, d, peft={"use_triton": True})},
-    "B": {
-        "ours": ours,
-        "ours, pure bf16": lambda w, d: ours(w, d, master_dtype="bfloat16"),
-    },
+    "B": {"ours": ours, PURE_BF16: lambda w, d: ours(w, d, master_dtype="bfloat16")},
 }
+
+
+def keeps_fp32(name: str) -> bool:
+    """Whether the contender keeps what it trains in fp32: at lr 1e-5 most bf16 weights do not move, so curves differ."""
+    return name.endswith("trained weights in fp32") or (name.startswith("ours") and name != PURE_BF16)
+
+
 NEEDS_GPU = ("Liger", "compiled", "use_triton")
 
 

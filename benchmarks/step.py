@@ -3,26 +3,30 @@
     python -m benchmarks.step [--workloads A B] [--contenders NAME ...] [--steps 30] [--warmup 10] [--cpu] [--out DIR]
 
 Each contender runs in a process of its own, with the same weights, tokens, optimizer and clipping. Its loss and
-gradient norms at step 0 are compared with fp32 transformers, its loss curve with the first contender's; one that
-differs is marked, whatever its speed. Times are CUDA events around whole steps.
+gradient norms at step 0 are compared with fp32 transformers, its loss curve with that of plain transformers which keeps
+its trained weights in the same dtype; one that differs is marked, whatever its speed. Times are CUDA events around
+whole steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.common import write
-from benchmarks.contenders import REFERENCE, Contender, build, contenders
+from benchmarks.contenders import REFERENCE, Contender, build, contenders, keeps_fp32
 from benchmarks.workloads import WORKLOADS, Workload, batches, canonical, model_flops, tiny
 
 LOSS_TOLERANCE = 2e-3  # of step 0, absolute
@@ -45,44 +49,71 @@ def measure(name: str, workload: Workload, device: torch.device, warmup: int, st
     if device.type == "cuda":
         data = [{k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in batch.items()} for batch in data]
         torch.cuda.reset_peak_memory_stats()
-    result: dict[str, Any] = {"losses": [], "trainable": sum(p.numel() for p in _trained(contender))}
-    times: list[float] = []
+    result: dict[str, Any] = {"trainable": sum(p.numel() for p in _trained(contender))}
+    steps_done: list[_Step] = []
     for i in range(warmup + steps):
-        loss, norm, elapsed = _step(contender, data[i % len(data)], device, norms_into=result if i == 0 else None)
-        result["losses"].append(loss)
+        if i == warmup:
+            _synchronize(device)
+            _reset_peak(device)
+        steps_done.append(_step(contender, data[i % len(data)], device, norms_into=result if i == 0 else None))
         if i == 0:
-            result |= {"grad_norm": norm, "cold start s": round(time.time() - started, 1)}
+            _synchronize(device)
+            result |= {"grad_norm": float(steps_done[0].norm), "cold start s": round(time.time() - started, 1)}
             result["first-step peak GiB"] = _peak_gib(device)
-        if i >= warmup:
-            times.append(elapsed)
-        if i == warmup - 1 and device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-    if times:
-        result |= _speed(workload, times) | {"peak GiB": _peak_gib(device)}
+    _synchronize(device)  # the only one after the warm-up: a training loop does not wait for its steps either
+    result["losses"] = [float(step.loss) for step in steps_done]
+    if steps:
+        result |= _speed(workload, [step.milliseconds() for step in steps_done[warmup:]])
+        result["peak GiB"] = _peak_gib(device)
     if profile:
         print(_kernel_table(contender, data[0], device), file=sys.stderr, flush=True)
     return result
 
 
-def _step(
-    contender: Contender, batch: Any, device: torch.device, norms_into: dict | None
-) -> tuple[float, float, float]:
-    """One optimizer step; loss, gradient norm before clipping, and ms."""
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-    began = time.perf_counter()
+@dataclass
+class _Step:
+    """What one optimizer step left behind; nothing of it is read before the device is done."""
+
+    loss: torch.Tensor
+    norm: torch.Tensor
+    start: Any  # CUDA events, or seconds
+    end: Any
+
+    def milliseconds(self) -> float:
+        return (
+            self.start.elapsed_time(self.end)
+            if isinstance(self.end, torch.cuda.Event)
+            else (self.end - self.start) * 1e3
+        )
+
+
+def _step(contender: Contender, batch: Any, device: torch.device, norms_into: dict | None = None) -> _Step:
+    start = _now(device)
     loss = contender.forward_backward(batch)
     if norms_into is not None:
         norms_into["norms"] = _norms(contender)
     norm = contender.clip()
     contender.optimizer.step()
     contender.optimizer.zero_grad()
+    return _Step(loss, norm, start, _now(device))
+
+
+def _now(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
-        end.record()
         torch.cuda.synchronize()
-        return loss.item(), float(norm), start.elapsed_time(end)
-    return loss.item(), float(norm), (time.perf_counter() - began) * 1e3
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _trained(contender: Contender) -> list[torch.Tensor]:
@@ -109,18 +140,29 @@ def _speed(workload: Workload, times: list[float]) -> dict[str, float]:
     }
 
 
-def _kernel_table(contender: Contender, batch: Any, device: torch.device) -> str:
-    """Device time of one step by kernel, the largest first."""
+def _kernel_table(contender: Contender, batch: Any, device: torch.device, steps: int = 3) -> str:
+    """Device time of a step by kernel, the largest first, and the share of the time in which no kernel ran."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU if device.type == "cpu" else ProfilerActivity.CUDA]) as trace:
-        _step(contender, batch, device, None)
+        for _ in range(steps):
+            _step(contender, batch, device)
+        _synchronize(device)
     events = sorted(trace.key_averages(), key=lambda e: -e.self_device_time_total)
     total = sum(e.self_device_time_total for e in events) or 1
-    lines = [f"kernels {total / 1e3:.1f} ms"]
+    spans = sorted((e.time_range.start, e.time_range.end) for e in trace.events() if e.device_type.name == "CUDA")
+    busy, reached = 0.0, spans[0][0] if spans else 0.0
+    for start, end in spans:
+        busy, reached = busy + max(0.0, end - max(start, reached)), max(reached, end)
+    wall = reached - spans[0][0] if spans else 1.0
+    lines = [
+        f"kernels {total / 1e3 / steps:.1f} ms a step; {wall / 1e3 / steps:.1f} ms passed, {1 - busy / wall:.1%} idle"
+    ]
     for e in events[:40]:
-        milli = e.self_device_time_total / 1e3
-        lines.append(f"{milli:8.2f} ms {100 * e.self_device_time_total / total:5.1f}% x{e.count:5d} {e.key[:120]}")
+        milli = e.self_device_time_total / 1e3 / steps
+        lines.append(
+            f"{milli:8.2f} ms {100 * e.self_device_time_total / total:5.1f}% x{e.count // steps:5d} {e.key[:120]}"
+        )
     return "\n".join(lines)
 
 
@@ -164,24 +206,22 @@ def run_contender(name: str, workload: str, arguments: argparse.Namespace, steps
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def run_workload(workload: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def run_workload(workload: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The reference, then every contender, judged."""
     reference = run_contender(REFERENCE, workload, arguments, steps=1)
     if "failed" in reference:
-        return [{"workload": workload, "contender": REFERENCE, **reference}]
-    rows, curve = [], None
+        yield {"workload": workload, "contender": REFERENCE, **reference}
+        return
+    curves: dict[bool, list[float]] = {}
     for name in contenders(workload, arguments.cpu):
         if arguments.contenders and name not in arguments.contenders:
             continue
         result = run_contender(name, workload, arguments)
         if "failed" not in result:
-            curve = curve or result["losses"]
+            curve = curves.setdefault(keeps_fp32(name), result["losses"])  # the first of its kind is transformers
             result |= judge(result, reference, curve)
             result.pop("norms")
-        row = {"workload": workload, "contender": name, **result}
-        print({key: row[key] for key in COLUMNS if row.get(key) is not None}, flush=True)
-        rows.append(row)
-    return rows
+        yield {"workload": workload, "contender": name, **result}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -210,9 +250,14 @@ def main(argv: list[str] | None = None) -> int:
         )
         print(json.dumps(found), flush=True)
         return 0
-    rows = [row for name in arguments.workloads for row in run_workload(name, arguments)]
+    rows: list[dict[str, Any]] = []
     about = {name: WORKLOADS[name].about for name in arguments.workloads}
-    print(write("step-cpu" if arguments.cpu else "step", rows, COLUMNS, arguments.out, workloads=about))
+    table = ""
+    for row in itertools.chain(*(run_workload(name, arguments) for name in arguments.workloads)):
+        print({key: row[key] for key in COLUMNS if row.get(key) is not None}, flush=True)
+        rows.append(row)  # written each time, so that a run cut short leaves what it has
+        table = write("step-cpu" if arguments.cpu else "step", rows, COLUMNS, arguments.out, workloads=about)
+    print(table)
     return int(any("failed" in row or row["equal"] != "yes" for row in rows))
 
 

@@ -158,6 +158,10 @@ def _scaled(grad: torch.Tensor | None, factor: torch.Tensor, dtype: torch.dtype)
     """``(grad * factor).to(dtype)`` in one pass, rounded once, without an fp32 temporary."""
     if grad is None:
         return None
+    if grad.is_cuda and dtype != grad.dtype:  # torch's own mixed-dtype product runs at a third of the bandwidth
+        from nemo_automodel.kernels.linear_ce_triton import launch_scaled
+
+        return launch_scaled(grad, factor, dtype)
     return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
 
 
@@ -170,7 +174,9 @@ def _run_chunks(hidden, weight, bias, labels, label_indices, options, needs):
     rows = options.chunk_size or chunk_rows(n, vocab_size, hidden.element_size(), hidden.device.type)
 
     d_hidden = torch.empty_like(hidden) if need_hidden else None
-    d_weight = weight.new_zeros(weight.shape, dtype=torch.float32) if need_weight else None
+    d_weight = weight.new_empty(weight.shape, dtype=torch.float32) if need_weight else None
+    if d_weight is not None and n == 0:
+        d_weight.zero_()  # otherwise the first chunk writes all of it
     d_bias = weight.new_zeros(vocab_size, dtype=torch.float32) if need_bias else None
     loss = hidden.new_empty(n, dtype=torch.float32)
     stride = -(-vocab_size // _COLUMN_MULTIPLE) * _COLUMN_MULTIPLE
@@ -191,17 +197,17 @@ def _run_chunks(hidden, weight, bias, labels, label_indices, options, needs):
         if d_hidden is not None:
             torch.mm(logits, weight, out=d_hidden[chunk])
         if d_weight is not None:
-            _accumulate_product(d_weight, logits.t(), hidden[chunk])
+            _accumulate_product(d_weight, logits.t(), hidden[chunk], beta=0 if start == 0 else 1)
         if d_bias is not None:
             d_bias += logits.sum(0, dtype=torch.float32)
     return loss.sum(), d_hidden, d_weight, d_bias
 
 
-def _accumulate_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """``total += a @ b`` in fp32, whatever the dtype of ``a`` and ``b``."""
+def _accumulate_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: int) -> None:
+    """``total = beta * total + a @ b`` in fp32, whatever the dtype of ``a`` and ``b``."""
     if total.is_cuda and a.dtype != total.dtype:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
     elif a.dtype != total.dtype:
-        total += a @ b
+        total.copy_(a @ b) if beta == 0 else total.add_(a @ b)
     else:
-        total.addmm_(a, b)
+        total.addmm_(a, b, beta=beta)

@@ -35,6 +35,13 @@ def test_row_kernel_equals_the_torch_one(dtype, vocab_size, bias, scale, softcap
         torch.testing.assert_close(logits.cpu(), on_cpu[0], rtol=tolerance, atol=1e-7)
 
 
+def test_scaled_rounds_once():
+    from nemo_automodel.kernels.linear_ce_triton import launch_scaled
+
+    x, factor = torch.randn(1000, 333, device="cuda"), torch.tensor(1 / 3, device="cuda")
+    assert torch.equal(launch_scaled(x, factor, torch.bfloat16), (x * factor).bfloat16())
+
+
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("vocab_size", [32001, 50257])
 def test_bf16_error_is_at_most_twice_torch_own(softcap, vocab_size):

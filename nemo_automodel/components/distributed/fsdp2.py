@@ -1,7 +1,7 @@
 """FSDP2: parameters sharded over the data-parallel ranks, one decoder block at a time.
 
-One device goes through the same code: a mesh of one shards nothing and communicates nothing, but keeps the same
-dtypes (weights stored in their own, computed with in ``compute_dtype``, gradients reduced in float32).
+One device goes through the same code: a mesh of one shards and communicates nothing, and leaves out frozen weights that
+need no cast, but keeps the same dtypes (weights stored in their own, computed with in ``compute_dtype``).
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class FSDP2Manager:
         cp_size: Context-parallel ranks. Only 1 in this version.
         sequence_parallel: Shard activations along the sequence between TP regions. Only false in this version.
         reshard_after_forward: Free a block's gathered weights after its forward and gather them again for its
-            backward. Default true; false trades memory for one all-gather a block.
+            backward. Default true; on one rank false, since all it could free are the casts to ``compute_dtype``.
+            False trades memory for one all-gather (or cast) a block.
         env: The process environment (given by the recipe).
 
     Attributes:
@@ -45,7 +46,7 @@ class FSDP2Manager:
         tp_size: int = 1,
         cp_size: int = 1,
         sequence_parallel: bool = False,
-        reshard_after_forward: bool = True,
+        reshard_after_forward: bool | None = None,
         env: DistEnv | None = None,
     ):
         for name, value in (("tp_size", tp_size), ("cp_size", cp_size)):
@@ -76,14 +77,20 @@ class FSDP2Manager:
         """
         model.to(self.device)
         dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        alone, one_dtype = self.dp_size == 1, dtypes == {compute_dtype}
         policy = MixedPrecisionPolicy(
-            param_dtype=None if dtypes == {compute_dtype} else compute_dtype, reduce_dtype=torch.float32
+            param_dtype=None if one_dtype else compute_dtype,
+            reduce_dtype=None if alone and one_dtype else torch.float32,  # nothing to sum: no detour through fp32
         )
+        # One rank has nothing to gather: frozen weights that need no cast stay out of it, and a gradient factor of 1
+        # would only cost a pass over all gradients.
+        left_out = {p for p in model.parameters() if alone and not p.requires_grad and p.dtype == compute_dtype}
+        reshard = not alone if self.reshard_after_forward is None else self.reshard_after_forward
         for block in blocks:
-            fully_shard(block, mesh=self.mesh, mp_policy=policy, reshard_after_forward=self.reshard_after_forward)
-        fully_shard(model, mesh=self.mesh, mp_policy=policy)
+            fully_shard(block, mesh=self.mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=left_out)
+        fully_shard(model, mesh=self.mesh, mp_policy=policy, ignored_params=left_out)
         for module in model.modules():
-            if isinstance(module, FSDPModule):
+            if isinstance(module, FSDPModule) and not alone:
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
         return model

@@ -27,7 +27,11 @@ class GradClipper:
         norm = global_grad_norm(grads)
         if self.max_norm is not None:
             factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([_local(g) for g in grads], factor)
+            by_dtype: dict[torch.dtype, list[torch.Tensor]] = defaultdict(list)
+            for grad in grads:
+                by_dtype[grad.dtype].append(_local(grad))
+            for dtype, members in by_dtype.items():  # a factor of another dtype means one slow kernel a tensor
+                torch._foreach_mul_(members, factor.to(dtype))
         return norm
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nemo_automodel.kernels.linear_ce import cross_entropy_rows
-from nemo_automodel.kernels.linear_ce_triton import launch_cross_entropy_rows
+from nemo_automodel.kernels.linear_ce_triton import launch_cross_entropy_rows, launch_scaled
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -30,3 +30,9 @@ def test_triton_row_kernel_equals_the_torch_one(dtype, vocab_size, bias, scale, 
 def test_triton_row_kernel_marks_a_label_outside_the_vocabulary():
     loss = launch_cross_entropy_rows(torch.randn(3, 70), torch.tensor([1, 70, -1]), None, -100, 1.0, 0.0, True)
     assert loss.isnan().tolist() == [False, True, True]
+
+
+def test_scaled_rounds_once():
+    x = torch.randn(70, 131, generator=torch.Generator().manual_seed(0))
+    scaled = launch_scaled(x, torch.tensor(1 / 3), torch.float16)  # the interpreter truncates to bf16
+    assert torch.equal(scaled, (x * torch.tensor(1 / 3)).half())

@@ -1,0 +1,55 @@
+"""The step benchmark end to end on tiny CPU shapes: equality is judged, results are written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import step
+from benchmarks.contenders import contenders, keeps_fp32
+from benchmarks.workloads import WORKLOADS, batches, model_flops, tiny
+
+
+@pytest.mark.parametrize("workload", ["A", "B"])
+def test_ours_equals_transformers_and_the_table_says_so(workload, tmp_path, capfd):
+    names = ["transformers, trained weights in fp32", "ours"]
+    arguments = ["--cpu", "--workloads", workload, "--warmup", "1", "--steps", "2", "--out", str(tmp_path)]
+    assert step.main([*arguments, "--contenders", *names]) == 0, capfd.readouterr().out
+    result = json.loads((tmp_path / "step-cpu.json").read_text())
+    assert result["machine"]["torch"]
+    assert [row["contender"] for row in result["rows"]] == names
+    for row in result["rows"]:
+        assert row["equal"] == "yes"
+        assert row["tok/s"] > 0
+        assert len(row["losses"]) == 3
+    assert "| ours |" in (tmp_path / "step-cpu.md").read_text()
+
+
+def test_a_contender_that_computes_something_else_is_marked():
+    reference = {"losses": [2.0], "grad_norm": 1.0, "norms": {"a": 1.0}}
+    good = {"losses": [2.001, 1.9], "grad_norm": 1.01, "norms": {"a": 1.01}}
+    assert step.judge(good, reference, [2.0, 1.9])["equal"] == "yes"
+    for wrong in ({"losses": [2.01, 1.9]}, {"grad_norm": 1.05}, {"losses": [2.0, 1.8]}, {"norms": {}}):
+        assert step.judge(good | wrong, reference, [2.0, 1.9])["equal"] == "NO"
+
+
+def test_failure_of_a_contender_is_reported_not_hidden(tmp_path, capfd):
+    arguments = ["--cpu", "--workloads", "B", "--warmup", "1", "--steps", "1", "--out", str(tmp_path), "--limit", "0.1"]
+    assert step.main(arguments) == 1
+    assert "no result within" in capfd.readouterr().out
+
+
+def test_flops_follow_the_published_formula():
+    # 4N + attention of an 8B model: 30.0 + 3.2 GFLOP a token at sequence length 4096 (6N: 45.0).
+    assert model_flops(WORKLOADS["A"]) / WORKLOADS["A"].tokens == pytest.approx(33.8e9, rel=0.01)
+    assert model_flops(WORKLOADS["B"]) / WORKLOADS["B"].tokens == pytest.approx(8.35e9, rel=0.01)
+
+
+def test_every_workload_has_ours_and_peers_of_both_precisions():
+    for name, workload in WORKLOADS.items():
+        found = contenders(name, cpu=False)
+        assert "ours" in found
+        assert {keeps_fp32(contender) for contender in found} == {True, False}
+        batch = batches(tiny(workload), 1)[0]
+        assert batch["num_label_tokens"] == len(batch["label_indices"]) == (batch["labels"] != -100).sum()
