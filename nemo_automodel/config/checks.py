@@ -20,12 +20,13 @@ _SHORT_DTYPES = ("fp32", "bf16", "fp16", "float", "half")
 _DTYPE_KEYS = ("dtype", "torch_dtype", "master_dtype", "lora_dtype", "compute_dtype", "export_dtype")
 _AT_LEAST_ONE = ("max_steps", "num_epochs", "global_batch_size", "local_batch_size", "ckpt_every_steps", "val_every_steps", "log_every_steps")  # fmt: skip
 _NOT_NEGATIVE = ("lr", "weight_decay", "eps", "warmup_steps", "min_lr_ratio", "min_lr", "max_norm", "alpha", "packed_sequence_size", "num_workers", "seed")  # fmt: skip
-_CONFLICTS = (
+CONFLICTS = (
     ("peft", "match_all_linear", "target_modules", "write target_modules alone, or match_all_linear: true alone"),
     ("optimizer", "fused", "foreach", "torch takes one of them; leave foreach out"),
     ("optimizer", "fused", "differentiable", "torch takes one of them; leave fused out"),
     ("model", "dtype", "torch_dtype", "they are one option; leave torch_dtype out"),
 )
+"""(section, key, other key, what to do): the two exclude each other."""
 
 
 def check_values(calls: Calls, file: str) -> list[str]:
@@ -106,7 +107,7 @@ def _warmup(calls: Calls, file: str) -> Iterator[str]:
 
 
 def _conflicts(calls: Calls, file: str) -> Iterator[str]:
-    for section, first, second, fix in _CONFLICTS:
+    for section, first, second, fix in CONFLICTS:
         call = calls.get(section)
         if call is not None and all(key in call.arguments and call.arguments[key].value for key in (first, second)):
             other = call.arguments[first]

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_automodel.config.checks import check_values
+from nemo_automodel.config.checks import CONFLICTS, check_values
 from nemo_automodel.config.overrides import apply_override, parse_overrides
 from nemo_automodel.config.sections import RECIPES, Presence, Section
 from nemo_automodel.config.signatures import COMPUTED, REQUIRED
@@ -108,11 +108,13 @@ class SectionConfig:
         except ConfigError as error:
             raise self._located(error) from error
         except (TypeError, ValueError) as error:
-            if len(traceback.extract_tb(error.__traceback__)) > _OWN_FRAMES + 1:
+            frames = traceback.extract_tb(error.__traceback__)[1:]
+            if len(frames) > _OWN_FRAMES:
                 raise
             name = getattr(target, "__qualname__", repr(target))
+            at = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
             raise ConfigError(
-                f"{where} {path}: {name} refuses its arguments: {error}; correct them in `{path}`"
+                f"{where} {path}: {name} refuses its arguments: {error}{at}; correct them in `{path}`"
             ) from error
 
     def _located(self, error: ConfigError) -> ConfigError:
@@ -180,10 +182,12 @@ class Config:
         call = self._calls[name]
         assert call is not None
         offered = self._sections[name]._spec.offered
+        excluded = {one for section, one, other, _ in CONFLICTS if section == name and other in call.arguments}
         found: dict[str, Any] = {"_target_": call.target}
         for key, parameter in call.signature.parameters.items():
             written = key in call.arguments or key in call.defaults
-            known = parameter.default is not REQUIRED and parameter.default is not COMPUTED and key not in offered
+            known = parameter.default is not REQUIRED and parameter.default is not COMPUTED
+            known = known and key not in offered and key not in excluded
             if written or known:
                 found[key] = _as_yaml(call.value(key))
         return found | {key: node.plain() for key, node in call.arguments.items() if key not in found}

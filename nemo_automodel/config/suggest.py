@@ -91,10 +91,11 @@ def nearest(name: str, valid: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 
 def _likeness(word: str, other: str) -> float:
-    """Ratio of matching letters; at least 0.6 where one holds all of the other."""
+    """Ratio of matching letters; at least 0.7 where one begins the other, 0.6 where one holds all of the other."""
     matcher = SequenceMatcher(None, word, other)
     if min(len(word), len(other)) >= 3 and (word in other or other in word):
-        return max(0.6, matcher.ratio())
+        begins = word.startswith(other) or other.startswith(word)
+        return max(0.7 if begins else 0.6, matcher.ratio())
     return matcher.ratio() if matcher.real_quick_ratio() >= 0.6 and matcher.quick_ratio() >= 0.6 else 0.0
 
 

@@ -30,12 +30,12 @@ TRUSTED_ROOTS = ("nemo_automodel", "torch", "torchdata", "transformers", "datase
 
 DANGEROUS = (
     "nemo_automodel.cli", "nemo_automodel.config", "nemo_automodel.recipes",
-    "torch.classes", "torch.compiler", "torch.cuda.jiterator", "torch.distributed.elastic", "torch.distributed.launch",
+    "torch.classes", "torch.compiler", "torch.cuda.jiterator", "torch.distributed.checkpoint", "torch.distributed.elastic", "torch.distributed.launch",
     "torch.distributed.launcher", "torch.distributed.rpc", "torch.distributed.run", "torch.export", "torch.fx",
     "torch.hub", "torch.jit", "torch.library", "torch.load", "torch.multiprocessing", "torch.onnx", "torch.ops",
     "torch.package", "torch.save", "torch.serialization", "torch.storage", "torch.testing",
-    "torch.utils.bottleneck", "torch.utils.collect_env", "torch.utils.cpp_extension", "torch.utils.data.datapipes",
-    "torch.utils.hipify", "torch.utils.model_zoo", "torch.utils.serialization",
+    "torch.utils.benchmark", "torch.utils.bottleneck", "torch.utils.collect_env", "torch.utils.cpp_extension", "torch.utils.data.datapipes",
+    "torch.utils.hipify", "torch.utils.model_dump", "torch.utils.model_zoo", "torch.utils.serialization", "torch.utils.show_pickle",
     "transformers.cli", "transformers.commands", "transformers.dynamic_module_utils", "transformers.testing_utils",
     "transformers.utils", "datasets.commands", "datasets.packaged_modules", "datasets.utils",
     "mlflow.cli", "mlflow.models", "mlflow.projects", "mlflow.pyfunc", "mlflow.run", "mlflow.server", "mlflow.utils",
@@ -155,7 +155,12 @@ class TargetPolicy:
     def _require_safe(self, path: str, target: str) -> None:
         if self._is_allowed(path) or self._is_allowed(target):
             return
-        if any(_within(path, prefix) for prefix in DANGEROUS) or path.rpartition(".")[2] in _DANGEROUS_NAMES:
+        is_converter = path.startswith("transformers.") and ".convert_" in path  # scripts that unpickle checkpoints
+        if (
+            is_converter
+            or any(_within(path, prefix) for prefix in DANGEROUS)
+            or path.rpartition(".")[2] in _DANGEROUS_NAMES
+        ):
             raise ConfigError(f"{path} can run or load arbitrary code; {self._flag(target)}")
 
     def _require_callable(self, target: str, found: Definition) -> None:

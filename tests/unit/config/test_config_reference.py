@@ -4,6 +4,7 @@ from pathlib import Path
 
 from nemo_automodel.config import reference
 from nemo_automodel.config.sections import LLM, RECIPES
+from nemo_automodel.config.suggest import ELSEWHERE
 from tests.unit.config.mutations import ANNOUNCED, ROOT
 
 SURFACE = Path(__file__).with_name("config_keys.txt")
@@ -34,3 +35,12 @@ def test_announced_recipe_is_the_announced_text():
     text = ANNOUNCED.read_text(encoding="utf-8")
     assert text.count("_target_:") == 5
     assert "dp_size: none          # use all GPUs available" in text
+
+
+def test_names_of_other_trainers_lead_to_keys_that_exist():
+    keys = set(reference.keys())
+    for theirs, ours in ELSEWHERE.items():
+        section, _, key = ours.partition(".")
+        assert section in LLM, theirs
+        anyones = section == "dataset" or key in ("", "_target_", "eps")  # depends on the target; or torch's own
+        assert anyones or ours in keys, theirs

@@ -230,3 +230,26 @@ def test_a_replacement_must_take_what_the_recipe_passes(recipe):
             recipe("peft: {match_all_linear: true}\n"),
             "--model._target_=transformers.AutoModelForCausalLM.from_pretrained",
         )
+
+
+def test_resolved_leaves_out_a_default_that_what_is_written_excludes(recipe, tmp_path):
+    from nemo_automodel.config.tree import dump
+
+    text = """\
+model:
+  pretrained_model_name_or_path: a/b
+  torch_dtype: bfloat16
+dataset:
+  _target_: parts.py:dataset
+  rows: 1
+peft:
+  target_modules: [q_proj]
+optimizer:
+  foreach: true
+"""
+    recipe()
+    (tmp_path / "r.yaml").write_text(text)
+    first = read(tmp_path / "r.yaml").resolved()
+    assert "dtype" not in first["model"]
+    (tmp_path / "again.yaml").write_text(dump(first))
+    assert read(tmp_path / "again.yaml").resolved() == first
