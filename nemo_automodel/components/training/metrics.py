@@ -261,7 +261,7 @@ def describe_run(model: nn.Module, loader: Any, loss_fn: Any, env: Any, schedule
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad})
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     lines = [
-        f"model     {type(model).__name__}, {total:,} parameters, {trainable:,} trainable ({trainable / max(1, total):.2%}) in {'/'.join(dtypes)}",
+        f"model     {type(model).__name__.removeprefix('FSDP')}, {total:,} parameters, {trainable:,} trainable ({trainable / max(1, total):.2%}) in {'/'.join(dtypes)}",
         f"kernels   loss {type(loss_fn).__name__}" + (f", attention {attention}" if attention else ""),
         f"device    {device_name(env.device)}, {env.world_size} rank(s)",
     ]
