@@ -25,7 +25,9 @@ COMMANDS = {
 }
 
 
-def run(hub: LocalHub, folder: Path, how: str, *overrides: str, token: str | None = None) -> subprocess.CompletedProcess:
+def run(
+    hub: LocalHub, folder: Path, how: str, *overrides: str, token: str | None = None
+) -> subprocess.CompletedProcess:
     env = {**hub.env(folder, token), "OMP_NUM_THREADS": "1"}
     command = [*COMMANDS[how], "-c", str(RECIPE), *overrides]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=400)

@@ -33,8 +33,7 @@ class DataLoader:
     """Micro-batches of a dataset for one rank (a ``types.Loader``).
 
     Args:
-        dataset: anything with ``len`` and integer indexing that returns ``types.Sample`` rows. None returns None, so
-            that a recipe without validation data needs no branch.
+        dataset: anything with ``len`` and integer indexing that returns ``types.Sample`` rows.
         tokenizer: gives the pad id and the vocabulary size that ids are checked against; optional.
         packing: a ``PackedSequence``, or None for padded rows.
         seed: of the order (default 0); the same for every rank.
@@ -53,10 +52,6 @@ class DataLoader:
     Raises:
         DataError: fewer rows than a global batch, a batch that does not divide, or a row that cannot be trained on.
     """
-
-    def __new__(cls, dataset: Any = None, *_: Any, **__: Any) -> DataLoader:
-        """Return None for no dataset (see ``dataset``)."""
-        return super().__new__(cls) if dataset is not None else None  # type: ignore[return-value]
 
     def __init__(
         self,

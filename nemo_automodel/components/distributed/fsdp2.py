@@ -77,14 +77,13 @@ class FSDP2Manager:
         """
         model.to(self.device)
         dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-        alone, one_dtype = self.dp_size == 1, dtypes == {compute_dtype}
+        alone = self.dp_size == 1
         policy = MixedPrecisionPolicy(
-            param_dtype=None if one_dtype else compute_dtype,
-            reduce_dtype=None if alone and one_dtype else torch.float32,  # nothing to sum: no detour through fp32
+            param_dtype=None if dtypes == {compute_dtype} else compute_dtype, reduce_dtype=torch.float32
         )
-        # One rank has nothing to gather: frozen weights that need no cast stay out of it, and a gradient factor of 1
-        # would only cost a pass over all gradients.
-        left_out = {p for p in model.parameters() if alone and not p.requires_grad and p.dtype == compute_dtype}
+        # One rank has nothing to gather or to sum: weights that need no cast stay out of it, and a gradient factor of
+        # 1 would only cost a pass over all gradients.
+        left_out = {p for p in model.parameters() if alone and p.dtype == compute_dtype}
         reshard = not alone if self.reshard_after_forward is None else self.reshard_after_forward
         for block in blocks:
             fully_shard(block, mesh=self.mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=left_out)

@@ -15,6 +15,7 @@ import torch
 
 from nemo_automodel._transformers.forward import forward_loss
 from nemo_automodel._transformers.inputs import to_device
+from nemo_automodel._transformers.loading import check_vocabulary
 from nemo_automodel.config import Config
 from nemo_automodel.types import TrainState
 
@@ -54,6 +55,7 @@ def main(cfg: Config) -> None:
     model = cfg.model.instantiate(
         peft=peft, distributed=dist, compile=cfg.compile.instantiate(), packed=packing.packed_sequence_size > 0
     )
+    check_vocabulary(model, tokenizer)
     params = [p for p in model.parameters() if p.requires_grad]
 
     # --- optimisation -----------------------------------------------------------------------------------------

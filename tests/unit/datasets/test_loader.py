@@ -145,10 +145,6 @@ def test_drop_last_is_counted_and_its_absence_fills_without_counting() -> None:
     assert all(batches[0]["input_ids"].shape[1] == 8 for batches in last[2:])
 
 
-def test_no_dataset_is_no_loader() -> None:
-    assert DataLoader(dataset=None, seed=0, dp_size=2) is None
-
-
 def test_it_is_a_loader_and_has_a_fingerprint() -> None:
     (loader,) = ranks(1, 2)
     typed: Loader = loader
