@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
 from nemo_automodel.config.suggest import nearest
-from nemo_automodel.errors import EXIT_OK, AutoModelError, ConfigError
-
-EXIT_INTERRUPTED = 130
+from nemo_automodel.errors import ConfigError
+from nemo_automodel.recipes.run import guarded
 
 VERBS = {
     "finetune": ("nemo_automodel.cli.finetune", "Fine-tune a model as a recipe says: automodel finetune llm -c recipe.yaml"),
@@ -27,33 +25,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command ``argv`` (default: the process's own) and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     return guarded(lambda: _dispatch(arguments))
-
-
-def guarded(action: Callable[[], Any], main_rank_only: bool = False) -> int:
-    """Run ``action``; print a mistake or an interruption as a message, never a traceback, and return the exit code.
-
-    Args:
-        action: What to run; an ``int`` it returns is the exit code.
-        main_rank_only: Whether every rank is known to meet the same mistake, so that one message is enough.
-    """
-    rank = os.environ.get("RANK", "0")
-    try:
-        result = action()
-    except AutoModelError as error:
-        if rank == "0":
-            print(_message(error), file=sys.stderr)
-        elif not main_rank_only:
-            print(f"rank {rank}: {_message(error)}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        if rank == "0":
-            print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return result if isinstance(result, int) else EXIT_OK
-
-
-def _message(error: AutoModelError) -> str:
-    return "error: " + str(error).replace("\n", "\n       ")
 
 
 def _dispatch(arguments: list[str]) -> Any:

@@ -74,7 +74,7 @@ def demo(
     _show_answer(untrained_model(recipe), output / "tokenizer")
 
     _say(f"\n4. Training: automodel finetune llm -c {recipe}\n")
-    from nemo_automodel.cli.finetune import run_recipe
+    from nemo_automodel.recipes.run import run_recipe
 
     started = time.monotonic()
     exit_code = run_recipe("llm", ["-c", str(recipe)])

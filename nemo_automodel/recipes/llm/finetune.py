@@ -17,6 +17,7 @@ from nemo_automodel._transformers.forward import forward_loss
 from nemo_automodel._transformers.inputs import to_device
 from nemo_automodel._transformers.loading import check_vocabulary
 from nemo_automodel.config import Config
+from nemo_automodel.recipes.run import run_recipe
 from nemo_automodel.types import TrainState
 
 
@@ -121,6 +122,4 @@ def validate(model: torch.nn.Module, loader: Any, loss_fn: Any, dist: Any) -> fl
 
 
 if __name__ == "__main__":
-    from nemo_automodel.cli.finetune import run_recipe
-
-    sys.exit(run_recipe("llm", sys.argv[1:]))
+    sys.exit(run_recipe("llm", sys.argv[1:], main))

@@ -10,8 +10,8 @@ import pytest
 
 from nemo_automodel import __version__
 from nemo_automodel.cli.app import main
-from nemo_automodel.cli.finetune import run_recipe
 from nemo_automodel.errors import DataError
+from nemo_automodel.recipes.run import run_recipe
 from tests.unit.config.mutations import ANNOUNCED, FULL, ROOT
 
 
@@ -134,7 +134,7 @@ def test_a_copied_recipe_script_runs_its_own_main(tmp_path, recipe):
                 print("mine", cfg.rng.seed)
 
             if __name__ == "__main__":
-                from nemo_automodel.cli.finetune import run_recipe
+                from nemo_automodel.recipes.run import run_recipe
 
                 sys.exit(run_recipe("llm", sys.argv[1:]))
             """
