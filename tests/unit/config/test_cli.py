@@ -136,7 +136,7 @@ def test_a_copied_recipe_script_runs_its_own_main(tmp_path, recipe):
             if __name__ == "__main__":
                 from nemo_automodel.recipes.run import run_recipe
 
-                sys.exit(run_recipe("llm", sys.argv[1:]))
+                sys.exit(run_recipe("llm", sys.argv[1:], main))
             """
         )
     )
