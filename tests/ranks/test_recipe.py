@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.ranks.launch import ROOT, torchrun
+from tests.recipes.test_parity import plain_loop, rows_and_order
 from tests.recipes.workspace import make_workspace
 
 RECIPE = str(ROOT / "nemo_automodel/recipes/llm/finetune.py")
@@ -53,3 +54,26 @@ def test_n_ranks_train_as_one(tmp_path, case, nproc):
         ]
         for p, q in zip(*(model.parameters() for model in models), strict=True):
             assert (p - q).norm() / q.norm() < 1e-4
+
+
+def test_class_1_the_router_loss_is_the_mean_over_ranks(tmp_path):
+    """Two ranks, one micro-batch each: rank r has every second row of the global batch, from r on."""
+    workspace = make_workspace(tmp_path, "mixtral", output_router_logits=True, router_aux_loss_coef=1.0)
+    args = ["--step_scheduler.max_steps=5", "--optimizer.lr=0.001", "--lr_scheduler.decay=constant",
+            "--lr_scheduler.warmup_steps=0"]  # fmt: skip
+    torchrun(RECIPE, 2, "-c", workspace.recipe, f"--checkpoint.checkpoint_dir={tmp_path}/out", *args)
+    ours = [line["loss"] for line in workspace.metrics()]
+    data, order = rows_and_order(workspace, args)
+    oracle, _ = plain_loop(workspace.model_dir, data, order[:5], 0.001, 1.0, lambda ids: [ids[0::2], ids[1::2]])
+    assert ours == pytest.approx(oracle, rel=1e-5)
+
+
+def test_class_20_a_users_mistake_on_rank_0_is_one_message_and_no_rank_hangs(tmp_path):
+    workspace = make_workspace(tmp_path)
+    result = torchrun(
+        RECIPE, 2, "-c", workspace.recipe, "--dataset.column_mapping={question: quest, answer: answer}", check=False, timeout=60
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert result.stderr.count("quest") >= 1
+    assert "rank 1: error: stopped, because rank 0 failed" in result.stderr
+    assert 'finetune.py", line' not in result.stderr, result.stderr[-3000:]

@@ -30,24 +30,31 @@ def rows_and_order(workspace, overrides):
     return data, order[:STEPS]
 
 
-def plain_loop(model_dir, data, order, lr, aux_coef=0.0):
+def plain_loop(model_dir, data, order, lr, aux_coef=0.0, split=lambda ids: [ids]):
+    """``split`` cuts a step's rows into micro-batches; a router's loss is the mean over them of transformers' own."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     losses = []
     for ids in order:
-        rows = [data[i] for i in ids]
-        length = max(len(row["input_ids"]) for row in rows)
-        input_ids = torch.tensor([row["input_ids"] + [0] * (length - len(row["input_ids"])) for row in rows])
-        labels = torch.tensor([row["labels"] + [-100] * (length - len(row["labels"])) for row in rows])
-        mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in rows])
-        out = model(input_ids=input_ids, attention_mask=mask, use_cache=False)
-        loss = F.cross_entropy(out.logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
-        (loss + aux_coef * (out.aux_loss if aux_coef else 0.0)).backward()
+        micro_batches = split(ids)
+        count = sum(label != -100 for i in ids for label in data[i]["labels"])
+        total = 0.0
+        for micro in micro_batches:
+            rows = [data[i] for i in micro]
+            length = max(len(row["input_ids"]) for row in rows)
+            pads = [length - len(row["input_ids"]) for row in rows]
+            input_ids = torch.tensor([row["input_ids"] + [0] * n for row, n in zip(rows, pads, strict=True)])
+            labels = torch.tensor([row["labels"] + [-100] * n for row, n in zip(rows, pads, strict=True)])
+            mask = torch.tensor([[1] * (length - n) + [0] * n for n in pads])
+            out = model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+            ce = F.cross_entropy(out.logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+            (ce / count + aux_coef * (out.aux_loss if aux_coef else 0.0) / len(micro_batches)).backward()
+            total += ce.item() / count
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(total)
     return losses, model
 
 
@@ -86,6 +93,20 @@ def test_twenty_steps_equal_plain_transformers(tmp_path, case, loss_fn):
     ids = torch.randint(3, 300, (2, 16), generator=torch.Generator().manual_seed(0))
     ref, got = trained.eval()(ids).logits, reloaded.eval()(ids).logits
     assert (ref - got).norm() / ref.norm() < 1e-3
+
+
+def test_class_1_the_router_loss_is_the_mean_over_micro_batches(tmp_path):
+    workspace = make_workspace(tmp_path, "mixtral", output_router_logits=True, router_aux_loss_coef=1.0)
+    overrides = ["--step_scheduler.max_steps=6", "--step_scheduler.local_batch_size=2", "--optimizer.lr=0.001",
+                 "--lr_scheduler.decay=constant", "--lr_scheduler.warmup_steps=0"]  # fmt: skip
+    ours = [line["loss"] for line in workspace.run(*overrides)]
+    data, order = rows_and_order(workspace, overrides)
+    oracle, _ = plain_loop(
+        workspace.model_dir, data, order[:6], 0.001, 1.0, lambda ids: [ids[i : i + 2] for i in range(0, 8, 2)]
+    )
+    assert ours == pytest.approx(oracle, rel=1e-5)
+    without, _ = plain_loop(workspace.model_dir, data, order[:6], 0.001, 0.25)
+    assert max(abs(a - b) / b for a, b in zip(ours, without, strict=True)) > 1e-4, "the coefficient must matter"
 
 
 EQUIVALENT = {

@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from nemo_automodel.errors import ConfigError
+from nemo_automodel.errors import EXIT_FAULT, AutoModelError, ConfigError
 
 _HOST_TIMEOUT = timedelta(hours=24)
 """How long ranks wait for rank 0 to download and tokenise: a host-side wait, not a collective that should trip."""
@@ -69,16 +70,32 @@ class DistEnv:
 
     @contextmanager
     def rank_zero_first(self) -> Iterator[None]:
-        """Rank 0 runs the body first (it downloads and fills caches), then all others at once."""
-        if not self.is_main:
-            self.barrier()
-        yield
-        if self.is_main:
-            self.barrier()
+        """Rank 0 runs the body first (it downloads and fills caches), then all others at once.
 
-    def broadcast(self, value: object) -> object:
+        Raises:
+            AutoModelError: On the other ranks, where the body failed on rank 0; with rank 0's exit code.
+        """
+        if self.is_main:
+            failure: int | None = EXIT_FAULT
+            try:
+                yield
+                failure = None
+            except AutoModelError as error:
+                failure = error.exit_code
+                raise
+            finally:
+                self.broadcast(failure)
+            return
+        exit_code = self.broadcast(None)
+        if exit_code is not None:
+            stopped = AutoModelError("stopped, because rank 0 failed; its message says why")
+            stopped.exit_code = exit_code
+            raise stopped
+        yield
+
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's ``value`` on every rank (any picklable object)."""
-        box = [value]
+        box: list[Any] = [value]
         dist.broadcast_object_list(box, src=0, group=self._host_group)
         return box[0]
 

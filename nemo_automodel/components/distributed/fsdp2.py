@@ -73,7 +73,8 @@ class FSDP2Manager:
 
         Parameters keep the dtype they have (that is what the optimizer updates) and are cast to ``compute_dtype``
         when gathered. Gradients are summed over ranks in float32, never divided: the loss is already normalised by
-        the global number of label tokens.
+        the global number of label tokens. Between the micro-batches of a step gradients add up in float32 too, except
+        on one rank where weights are kept in ``compute_dtype`` themselves (pure bf16): there torch adds them in it.
         """
         model.to(self.device)
         dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}

@@ -28,7 +28,7 @@ class StatefulRNG:
         _seed_all(seed)
 
     def seed_step(self, step: int) -> None:
-        """Start the generators of step ``step`` (optimizer steps done before it)."""
+        """Start the generators of optimizer step ``step`` (from 1)."""
         _seed_all(int(np.random.SeedSequence([self.seed, step, self._stream]).generate_state(1)[0]))
 
     def state_dict(self) -> dict[str, Any]:

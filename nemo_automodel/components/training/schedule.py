@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from nemo_automodel.errors import ConfigError
+from nemo_automodel.errors import ConfigError, DataError
 from nemo_automodel.types import Batch, Loader
 
 
@@ -61,11 +61,19 @@ class StepScheduler:
         self._epoch_starts = [0]
 
     def plan(self, loader: Loader) -> None:
-        """Count the steps of every epoch, packing included, so that the planned steps are those executed."""
+        """Count the steps of every epoch, packing included, so that the planned steps are those executed.
+
+        Raises:
+            DataError: An epoch has no step.
+        """
         while self.num_epochs is None or len(self._epoch_starts) <= self.num_epochs:
             if self.max_steps is not None and self._epoch_starts[-1] >= self.max_steps:
                 break
             steps = loader.steps_per_epoch(len(self._epoch_starts) - 1)
+            if steps < 1:
+                raise DataError(
+                    f"epoch {len(self._epoch_starts) - 1} of the data has no whole global batch to train on"
+                )
             self._epoch_starts.append(self._epoch_starts[-1] + steps)
         self.total_steps = min(self._epoch_starts[-1], self.max_steps or self._epoch_starts[-1])
 

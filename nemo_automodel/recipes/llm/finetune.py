@@ -17,12 +17,16 @@ from nemo_automodel._transformers.forward import forward_loss
 from nemo_automodel._transformers.inputs import to_device
 from nemo_automodel._transformers.loading import check_vocabulary
 from nemo_automodel.config import Config
+from nemo_automodel.errors import DataError
 from nemo_automodel.recipes.run import run_recipe
 from nemo_automodel.types import TrainState
 
 
 def main(cfg: Config) -> None:
-    """Run the recipe that ``cfg`` describes, from the first token read to the last checkpoint written."""
+    """Run the recipe that ``cfg`` describes, from the first token read to the last checkpoint written.
+
+    Longer than a function should be, on purpose: it is the whole story in order, with nothing behind it.
+    """
     # --- where we run -----------------------------------------------------------------------------------------
     env = cfg.dist_env.instantiate()  # process group, rank, device
     dist = cfg.distributed.instantiate(env=env)  # the mesh, and how a model is spread over it
@@ -78,12 +82,13 @@ def main(cfg: Config) -> None:
     for batches in schedule.iterate(loader):
         rng.seed_step(schedule.step)  # dropout is a function of (seed, step, rank): nothing to restore
         num_label_tokens = dist.all_reduce_sum(sum(batch["num_label_tokens"] for batch in batches)).clamp(min=1)
+        num_micro_batches = dist.all_reduce_sum(sum(batch["num_label_tokens"] > 0 for batch in batches)).clamp(min=1)
         loss_sum = torch.zeros((), device=dist.device)
         for i, batch in enumerate(batches):
             dist.sync_gradients(model, last_micro_batch=i == len(batches) - 1)
             ce_sum, aux = forward_loss(model, to_device(batch, dist.device), loss_fn)
-            loss = ce_sum / num_label_tokens + aux / (len(batches) * dist.dp_size)
-            loss.backward()
+            aux = aux / num_micro_batches if batch["num_label_tokens"] else 0.0  # the mean over what is trained on
+            (ce_sum / num_label_tokens + aux).backward()
             loss_sum += ce_sum.detach()
 
         grad_norm = clip_gradients(params)
@@ -118,7 +123,12 @@ def validate(model: torch.nn.Module, loader: Any, loss_fn: Any, dist: Any) -> fl
             loss_sum += ce_sum
             num_label_tokens += batch["num_label_tokens"]
     model.train()
-    return (dist.all_reduce_sum(loss_sum) / dist.all_reduce_sum(num_label_tokens).clamp(min=1)).item()
+    total = dist.all_reduce_sum(num_label_tokens).item()
+    if not total:
+        raise DataError(
+            "validation_dataset: no label tokens in it, so it has no loss; check its answers and seq_length"
+        )
+    return dist.all_reduce_sum(loss_sum).item() / total
 
 
 if __name__ == "__main__":
