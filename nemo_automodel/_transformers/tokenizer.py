@@ -6,9 +6,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from nemo_automodel.components.datasets.hub import hub_problem, with_retries
 from nemo_automodel.components.datasets.rendering import template_renders_bos
 from nemo_automodel.errors import ModelError
+from nemo_automodel.hub import explain, patiently
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def load_tokenizer(
 def _load(name: str, revision: str | None, trust_remote_code: bool, kwargs: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
-    what = f"tokenizer {name!r}" + (f" (revision {revision!r})" if revision else "")
+    what = f"tokenizer {name}" + (f" (revision {revision})" if revision else "")
     path = Path(name).expanduser()
     local = path.is_dir()
     if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
@@ -80,12 +80,12 @@ def _load(name: str, revision: str | None, trust_remote_code: bool, kwargs: dict
         raise ModelError(f"{what}: {pointer} is a Git LFS pointer, not the file itself; run `git lfs pull` in {path}")
     options = {"revision": revision, "trust_remote_code": trust_remote_code, **kwargs}
     try:
-        return with_retries(lambda: AutoTokenizer.from_pretrained(str(path) if local else name, **options), what)
+        return patiently(lambda: AutoTokenizer.from_pretrained(str(path) if local else name, **options), what)
     except Exception as error:
-        raise ModelError(_problem(error, what, name, local)) from error
+        raise ModelError(_problem(error, what, name, None if local else revision, local)) from error
 
 
-def _problem(error: Exception, what: str, name: str, local: bool) -> str:
+def _problem(error: Exception, what: str, name: str, revision: str | None, local: bool) -> str:
     text = str(error)
     if "trust_remote_code" in text:
         return f"{what} is made by code in its repository; read that code, then set tokenizer.trust_remote_code=true and a revision"
@@ -93,7 +93,7 @@ def _problem(error: Exception, what: str, name: str, local: bool) -> str:
         return f"{what} needs a package that is not installed: {text.strip().splitlines()[0]}"
     if local:
         return f"{what}: its files cannot be read: {' '.join(text.split())[:200]}"
-    return hub_problem(error, what, name)
+    return explain(error, "tokenizer", name, revision)
 
 
 def _lfs_pointer(path: Path) -> str | None:

@@ -21,8 +21,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nemo_automodel.components.datasets.hub import hub_problem, with_retries
 from nemo_automodel.errors import DataError
+from nemo_automodel.hub import explain, patiently
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _SPLIT_WORDS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
@@ -281,15 +281,17 @@ def _slice(dataset: datasets.Dataset, split: str, wanted: str) -> datasets.Datas
 
 # --- the Hub --------------------------------------------------------------------------------------------------------
 def _open_hub(repo: str, split: str, name: str | None, revision: str | None) -> Source:
-    what = f"dataset {repo!r}" + (f" (revision {revision!r})" if revision else "")
     try:
-        dataset = with_retries(lambda: datasets.load_dataset(repo, name, split=split, revision=revision), what)
+        dataset = patiently(
+            lambda: datasets.load_dataset(repo, name, split=split, revision=revision), f"dataset {repo}"
+        )
     except Exception as error:
-        raise DataError(_dataset_problem(error, repo, what, split)) from error
+        raise DataError(_dataset_problem(error, repo, revision)) from error
     return Source(dataset, repo, f"{repo}:{name}:{split}:{_content_hash(dataset)}")
 
 
-def _dataset_problem(error: Exception, repo: str, what: str, split: str) -> str:
+def _dataset_problem(error: Exception, repo: str, revision: str | None) -> str:
+    what = f"dataset {repo}" + (f" (revision {revision})" if revision else "")
     text = " ".join(str(error).split())
     if "Dataset scripts are no longer supported" in text or "trust_remote_code" in text:
         return (
@@ -302,7 +304,7 @@ def _dataset_problem(error: Exception, repo: str, what: str, split: str) -> str:
         return f"{what}: its configurations are {match[1]}; set dataset.name to one of them"
     if type(error).__name__ in ("DataFilesNotFoundError", "EmptyDatasetError"):
         return f"{what}: no data files that can be read ({', '.join(SUFFIXES)})"
-    return hub_problem(error, what, f"datasets/{repo}")
+    return explain(error, "dataset", repo, revision)
 
 
 def _content_hash(dataset: datasets.Dataset) -> str:

@@ -9,12 +9,12 @@ import re
 import datasets
 import pytest
 
-from nemo_automodel.components.datasets.hub import hub_problem, with_retries
 from nemo_automodel.components.datasets.llm.chat import make_chat_dataset
 from nemo_automodel.components.datasets.llm.column_mapped import make_instruction_dataset
 from nemo_automodel.components.datasets.llm.squad import make_squad_dataset
 from nemo_automodel.components.datasets.sources import _dataset_problem, open_source
 from nemo_automodel.errors import DataError
+from nemo_automodel.hub import explain, patiently
 from tests.builders import make_tokenizer
 
 ROWS = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(6)]
@@ -158,21 +158,24 @@ def http_error(status: int, kind: str = "HfHubHTTPError") -> Exception:
     [
         (
             http_error(401, "RepositoryNotFoundError"),
-            "was not found: no such local path, and no such repository on the Hub",
+            "not found at .*, and there is no such local directory: check the spelling",
         ),
         (
             http_error(403, "GatedRepoError"),
-            "is gated: ask for access at .*datasets/a/b and log in with `hf auth login`",
+            "is gated: accept its licence at .*/datasets/a/b with your account, then run `hf auth login`",
         ),
-        (http_error(401), "log in with `hf auth login`"),
-        (http_error(403), r"access denied \(403\)"),
-        (http_error(404, "RevisionNotFoundError"), "no such revision"),
-        (http_error(503), "the Hub answers 503, also when asked again; try again later"),
-        (ConnectionError("refused"), "cannot reach .*; check the network or HF_ENDPOINT, or give a local path"),
+        (http_error(401), r"access refused by .* \(401\); run `hf auth login`"),
+        (http_error(403), r"access refused by .* \(403\)"),
+        (http_error(404, "RevisionNotFoundError"), "has no revision"),
+        (http_error(503), "answered 503; try again later"),
+        (
+            ConnectionError("refused"),
+            "cannot be reached .*; check the network, or HF_ENDPOINT, or give a local directory",
+        ),
     ],
 )
 def test_hub_problems_say_what_to_do(problem: Exception, says: str) -> None:
-    message = hub_problem(problem, "dataset 'a/b'", "datasets/a/b")
+    message = explain(problem, "dataset", "a/b")
     assert re.search(says, message), message
     assert "\n" not in message
 
@@ -181,18 +184,20 @@ def test_offline_is_told_apart(monkeypatch) -> None:
     import huggingface_hub.errors as hub
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "HF_HUB_OFFLINE=1 forbids a download" in hub_problem(hub.LocalEntryNotFoundError("x"), "dataset 'a/b'")
+    message = explain(hub.LocalEntryNotFoundError("x"), "dataset", "a/b")
+    assert "HF_HUB_OFFLINE is set" in message
+    assert "hf download a/b --repo-type dataset" in message
 
 
 def test_datasets_own_errors() -> None:
     script = RuntimeError("Dataset scripts are no longer supported, but found squad.py")
-    assert "use its parquet files" in _dataset_problem(script, "a/b", "dataset 'a/b'", "train")
+    assert "use its parquet files" in _dataset_problem(script, "a/b", None)
     split = ValueError("Unknown split \"foo\". Should be one of ['train', 'test'].")
-    assert "no split 'foo'; there is ['train', 'test']" in _dataset_problem(split, "a/b", "dataset 'a/b'", "foo")
+    assert "no split 'foo'; there is ['train', 'test']" in _dataset_problem(split, "a/b", None)
 
 
 def test_what_passes_by_itself_is_tried_again(monkeypatch) -> None:
-    monkeypatch.setattr("nemo_automodel.components.datasets.hub._FIRST_WAIT", 0.0)
+    monkeypatch.setattr("nemo_automodel.hub._FIRST_WAIT_S", 0.0)
     left = [http_error(503), http_error(429), ConnectionError("cut")]
     calls = []
 
@@ -202,10 +207,10 @@ def test_what_passes_by_itself_is_tried_again(monkeypatch) -> None:
             raise left.pop()
         return "ok"
 
-    assert with_retries(call, "x") == "ok"
+    assert patiently(call, "x") == "ok"
     assert len(calls) == 4
-    monkeypatch.setattr("nemo_automodel.components.datasets.hub._PATIENCE", -1.0)
+    monkeypatch.setattr("nemo_automodel.hub._PATIENCE_S", -1.0)
     with pytest.raises(Exception, match="503"):  # the call backed off by itself, for longer than we would
-        with_retries(lambda: (_ for _ in ()).throw(http_error(503)), "x")
+        patiently(lambda: (_ for _ in ()).throw(http_error(503)), "x")
     with pytest.raises(Exception, match="404"):
-        with_retries(lambda: (_ for _ in ()).throw(http_error(404)), "x")
+        patiently(lambda: (_ for _ in ()).throw(http_error(404)), "x")

@@ -25,7 +25,7 @@ def files(path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", [k for k in TOKENIZER_KINDS if k not in ("no_pad", "no_eos")])
-def test_class7_files_are_byte_identical_after_a_round_trip(tmp_path, kind: str) -> None:
+def test_class_7_files_are_byte_identical_after_a_round_trip(tmp_path, kind: str) -> None:
     tokenizer = load_tokenizer(saved(tmp_path, kind))
     tokenizer.save_pretrained(tmp_path / "out")
     again = load_tokenizer(str(tmp_path / "out"))
@@ -37,7 +37,7 @@ def test_class7_files_are_byte_identical_after_a_round_trip(tmp_path, kind: str)
 
 
 @pytest.mark.parametrize("kind", CHAT_KINDS)
-def test_class7_the_template_trained_on_is_the_template_saved(tmp_path, kind: str) -> None:
+def test_class_7_the_template_trained_on_is_the_template_saved(tmp_path, kind: str) -> None:
     tokenizer = load_tokenizer(saved(tmp_path, kind))
     data = tmp_path / "a.jsonl"
     data.write_text('{"prompt": " hi é", "completion": " Paris "}\n')
@@ -52,7 +52,7 @@ def test_class7_the_template_trained_on_is_the_template_saved(tmp_path, kind: st
     assert template_renders_bos(plain) == template_renders_bos(make_tokenizer(kind))
 
 
-def test_class7_a_template_given_in_the_recipe_is_saved(tmp_path) -> None:
+def test_class_7_a_template_given_in_the_recipe_is_saved(tmp_path) -> None:
     template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
     (tmp_path / "chat.jinja").write_text(template)
     for given in (template, str(tmp_path / "chat.jinja")):
@@ -63,7 +63,7 @@ def test_class7_a_template_given_in_the_recipe_is_saved(tmp_path) -> None:
         assert plain.chat_template == template
 
 
-def test_class4_a_missing_pad_is_chosen_and_reported(tmp_path, caplog) -> None:
+def test_class_4_a_missing_pad_is_chosen_and_reported(tmp_path, caplog) -> None:
     caplog.set_level(logging.WARNING)
     tokenizer = load_tokenizer(saved(tmp_path, "no_pad"))
     assert tokenizer.pad_token == "</s>" == tokenizer.eos_token
@@ -77,7 +77,7 @@ def test_class4_a_missing_pad_is_chosen_and_reported(tmp_path, caplog) -> None:
     assert "'<|pad|>' is used;" in caplog.text
 
 
-def test_class4_a_pad_that_is_eos_is_left_alone(tmp_path, caplog) -> None:
+def test_class_4_a_pad_that_is_eos_is_left_alone(tmp_path, caplog) -> None:
     caplog.set_level(logging.WARNING)
     tokenizer = load_tokenizer(saved(tmp_path, "pad_eos"))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 1
@@ -103,7 +103,7 @@ def test_another_tokenizer_than_the_models(tmp_path) -> None:
     ("call", "says"),
     [
         (lambda tmp: load_tokenizer(), "nothing to load; set tokenizer.pretrained_model_name_or_path"),
-        (lambda tmp: load_tokenizer(str(tmp / "absent")), "absent': no such directory"),
+        (lambda tmp: load_tokenizer(str(tmp / "absent")), "absent: no such directory"),
         (lambda tmp: load_tokenizer(str(tmp)), r"the directory has no tokenizer files \(tokenizer.json"),
         (
             lambda tmp: load_tokenizer(saved(tmp, "chatml"), chat_template="absent.jinja"),
