@@ -47,7 +47,7 @@ def supervised(kind: str, messages, tools=None, tokenizer=None, **options) -> li
 
 
 @pytest.mark.parametrize("kind", CHAT_KINDS)
-def test_class6_supervised_spans_are_the_assistants_words_and_the_stop_token(kind: str) -> None:
+def test_class_6_supervised_spans_are_the_assistants_words_and_the_stop_token(kind: str) -> None:
     lead = " " if kind == "mistral" else ""  # its prompt ends before the space
     think = "<think>\n\n</think>\n\n" if kind == "reasoning" else ""  # Qwen3's shape: only behind the last user turn
     assert supervised(kind, TWO_TURNS) == [
@@ -57,19 +57,19 @@ def test_class6_supervised_spans_are_the_assistants_words_and_the_stop_token(kin
 
 
 @pytest.mark.parametrize("kind", CHAT_KINDS)
-def test_class6_last_turn_only(kind: str) -> None:
+def test_class_6_last_turn_only(kind: str) -> None:
     (span,) = supervised(kind, TWO_TURNS, train_on="last")
     assert span.endswith("four" + STOP[kind])
     assert "Paris" not in span
 
 
 @pytest.mark.parametrize("kind", [k for k in CHAT_KINDS if k not in ("mistral",)])
-def test_class6_a_system_turn_shifts_nothing(kind: str) -> None:
+def test_class_6_a_system_turn_shifts_nothing(kind: str) -> None:
     with_system = [{"role": "system", "content": "You are a fox."}, *TWO_TURNS]
     assert supervised(kind, with_system) == supervised(kind, TWO_TURNS)
 
 
-def test_class6_train_on_all_is_every_token_but_the_first() -> None:
+def test_class_6_train_on_all_is_every_token_but_the_first() -> None:
     tokenizer = make_tokenizer("chatml")
     ((ids, labels),) = encode(tokenizer, [ChatRenderer(tokenizer, "all")(TWO_TURNS, "row 0")])
     assert labels == [*ids[1:], IGNORE_INDEX]
@@ -77,13 +77,13 @@ def test_class6_train_on_all_is_every_token_but_the_first() -> None:
 
 @pytest.mark.parametrize("kind", ["chatml", "llama3", "gemma", "trim", "generation"])
 @pytest.mark.parametrize("answer", ["", "  Paris  ", "a\n\nb\n", "user", "assistant\n", "<fox> é 🦊"])
-def test_class6_odd_answers(kind: str, answer: str) -> None:
+def test_class_6_odd_answers(kind: str, answer: str) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}, *TWO_TURNS]
     shown = answer.strip() if kind in ("llama3", "gemma", "trim") else answer
     assert supervised(kind, messages)[0] == shown + STOP[kind]
 
 
-def test_class6_reasoning_of_earlier_turns_is_neither_shown_nor_supervised() -> None:
+def test_class_6_reasoning_of_earlier_turns_is_neither_shown_nor_supervised() -> None:
     messages = [
         {"role": "user", "content": "one?"},
         {"role": "assistant", "content": "<think>\nfirst thought\n</think>\n\none"},
@@ -93,7 +93,7 @@ def test_class6_reasoning_of_earlier_turns_is_neither_shown_nor_supervised() -> 
     assert supervised("reasoning", messages) == ["one<|im_end|>", "<think>\nsecond thought\n</think>\n\ntwo<|im_end|>"]
 
 
-def test_class6_tool_calls_are_supervised_and_tool_results_are_not() -> None:
+def test_class_6_tool_calls_are_supervised_and_tool_results_are_not() -> None:
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
     messages = [
         {"role": "user", "content": "two plus two?"},
@@ -112,7 +112,7 @@ def test_class6_tool_calls_are_supervised_and_tool_results_are_not() -> None:
     ]
 
 
-def test_class6_a_prompt_that_opens_the_reasoning() -> None:
+def test_class_6_a_prompt_that_opens_the_reasoning() -> None:
     """The generation prompt ends in <think>, which finished turns do not show: it is no prefix of them."""
     tokenizer = make_tokenizer("chatml")
     tokenizer.chat_template = tokenizer.chat_template.replace(
@@ -121,7 +121,7 @@ def test_class6_a_prompt_that_opens_the_reasoning() -> None:
     assert supervised("", TWO_TURNS, tokenizer=tokenizer) == ["Paris is the capital.<|im_end|>", "four<|im_end|>"]
 
 
-def test_class6_a_generation_block_without_the_stop_token_is_completed() -> None:
+def test_class_6_a_generation_block_without_the_stop_token_is_completed() -> None:
     tokenizer = make_tokenizer("generation")
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}",
@@ -130,7 +130,7 @@ def test_class6_a_generation_block_without_the_stop_token_is_completed() -> None
     assert supervised("", TWO_TURNS, tokenizer=tokenizer) == ["Paris is the capital.<|im_end|>", "four<|im_end|>"]
 
 
-def test_class6_only_the_last_turn_gets_the_eos() -> None:
+def test_class_6_only_the_last_turn_gets_the_eos() -> None:
     """A template that writes the EOS once, at the end, supervises no stop it does not show."""
     tokenizer = make_tokenizer("plain")
     tokenizer.chat_template = (
@@ -142,7 +142,7 @@ def test_class6_only_the_last_turn_gets_the_eos() -> None:
     assert last == "four\n</s>"
 
 
-def test_class6_a_template_that_hides_the_answer_is_an_error() -> None:
+def test_class_6_a_template_that_hides_the_answer_is_an_error() -> None:
     tokenizer = make_tokenizer("chatml")
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
@@ -157,7 +157,7 @@ def test_message_weight_zero_is_not_supervised() -> None:
 
 
 @pytest.mark.parametrize("kind", CHAT_KINDS)
-def test_class5_ids_equal_the_tokenizers_own(kind: str) -> None:
+def test_class_5_ids_equal_the_tokenizers_own(kind: str) -> None:
     tokenizer = make_tokenizer(kind)
     ((ids, _),) = encode(tokenizer, [ChatRenderer(tokenizer)(TWO_TURNS, "row 0")])
     assert ids == tokenizer.apply_chat_template(TWO_TURNS, tokenize=True, return_dict=False)
@@ -166,7 +166,7 @@ def test_class5_ids_equal_the_tokenizers_own(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["chatml", "chatml_pad_eos"])
-def test_class4_pad_is_eos_and_eos_is_supervised_once_a_turn(kind: str) -> None:
+def test_class_4_pad_is_eos_and_eos_is_supervised_once_a_turn(kind: str) -> None:
     tokenizer = make_tokenizer(kind)
     ((_, labels),) = encode(tokenizer, [ChatRenderer(tokenizer)(TWO_TURNS, "row 0")])
     assert labels.count(tokenizer.eos_token_id) == 2

@@ -22,7 +22,7 @@ def row(*ids: int):
     return np.array(ids), np.array([*ids[1:], IGNORE_INDEX])
 
 
-def test_class4_padding_follows_lengths_not_ids() -> None:
+def test_class_4_padding_follows_lengths_not_ids() -> None:
     eos = 1
     batch = collate_padded([row(5, 6, eos), row(7, eos, 8, 9, eos)], [4, 2], pad_id=eos, pad_to_multiple_of=8)
     assert batch["input_ids"].tolist() == [[5, 6, eos, eos, eos, eos, eos, eos], [7, eos, 8, 9, eos, eos, eos, eos]]
@@ -39,7 +39,7 @@ def test_no_mask_when_nothing_is_padded() -> None:
     assert collate_padded([row(3, 4, 5)], [0], pad_to_multiple_of=1)["input_ids"].shape == (1, 3)
 
 
-def test_class2_packed_rows_say_where_documents_end() -> None:
+def test_class_2_packed_rows_say_where_documents_end() -> None:
     batch = collate_packed([[row(5, 6, 7), row(8, 9)], [row(3, 4, 5, 6, 7, 8)]], [0, 1, 2], size=6)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 0, 3, 4, 5, 6, 7, 8]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 0, 1, 2, 3, 4, 5]]
@@ -73,7 +73,7 @@ def packed(tmp_path):
     return data, options
 
 
-def test_class2_no_target_crosses_a_document(packed) -> None:
+def test_class_2_no_target_crosses_a_document(packed) -> None:
     data, options = packed
     seen = 0
     for (batch,) in DataLoader(packing=PackedSequence(64), **options).steps(0):

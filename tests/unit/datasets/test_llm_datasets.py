@@ -75,7 +75,7 @@ def test_squad_in_a_chat_template(tmp_path) -> None:
     assert answer_of(tokenizer, data[0]) == "Paris<|eot_id|>"
 
 
-def test_class5_plain_rows_have_one_bos_if_the_tokenizer_adds_one(tmp_path) -> None:
+def test_class_5_plain_rows_have_one_bos_if_the_tokenizer_adds_one(tmp_path) -> None:
     for kind, count in (("plain", 0), ("bos", 1), ("llama3", 1)):
         tokenizer = make_tokenizer(kind)
         data = make_instruction_dataset(tokenizer, qa(tmp_path / "a.jsonl"))
@@ -87,7 +87,7 @@ def test_class5_plain_rows_have_one_bos_if_the_tokenizer_adds_one(tmp_path) -> N
 
 
 @pytest.mark.parametrize("kind", ["plain", "pad_eos", "no_pad"])
-def test_class4_eos_is_supervised_once_whatever_the_pad(tmp_path, kind: str) -> None:
+def test_class_4_eos_is_supervised_once_whatever_the_pad(tmp_path, kind: str) -> None:
     tokenizer = make_tokenizer(kind)
     path = write(tmp_path / "a.jsonl", [{"question": "q", "answer": "dog"}, {"question": "q", "answer": "dog</s>"}])
     data = make_instruction_dataset(tokenizer, path)
@@ -105,7 +105,7 @@ def test_a_space_that_ends_the_prompt_does_not_hide_the_first_word(tmp_path) -> 
     assert answer_of(tokenizer, make_instruction_dataset(tokenizer, path, separator=" ")[0]).strip() == "jumps over</s>"
 
 
-def test_class3_truncation_that_removes_every_label_is_counted(tmp_path) -> None:
+def test_class_3_truncation_that_removes_every_label_is_counted(tmp_path) -> None:
     rows = [{"question": "fox " * (50 if i % 4 == 0 else 2), "answer": "dog"} for i in range(8)]
     rows.append({"question": "fox", "answer": "dog " * 50})
     data = make_instruction_dataset(make_tokenizer(), write(tmp_path / "a.jsonl", rows), seq_length=16)
@@ -120,7 +120,7 @@ def test_class3_truncation_that_removes_every_label_is_counted(tmp_path) -> None
     assert "2 rows dropped with nothing to train on, 3 truncated" in str(stats)
 
 
-def test_class3_more_than_half_dropped_is_an_error(tmp_path) -> None:
+def test_class_3_more_than_half_dropped_is_an_error(tmp_path) -> None:
     with pytest.raises(
         DataError, match=r"3 of 4 rows have nothing to train on: in 3 the prompt alone fills seq_length=16"
     ):
@@ -130,7 +130,7 @@ def test_class3_more_than_half_dropped_is_an_error(tmp_path) -> None:
         make_chat_dataset(make_tokenizer("chatml"), path)
 
 
-def test_class8_the_cache_key_follows_everything_that_matters(tmp_path, cache) -> None:
+def test_class_8_the_cache_key_follows_everything_that_matters(tmp_path, cache) -> None:
     path = qa(tmp_path / "a.jsonl")
     seen = {}
 
@@ -159,7 +159,7 @@ def test_class8_the_cache_key_follows_everything_that_matters(tmp_path, cache) -
     assert len(list((cache / "nemo_automodel").glob("*.arrow"))) == 10
 
 
-def test_class8_an_edit_that_keeps_size_and_time_is_seen(tmp_path) -> None:
+def test_class_8_an_edit_that_keeps_size_and_time_is_seen(tmp_path) -> None:
     import os
 
     path = write(tmp_path / "a.jsonl", [{"question": "q", "answer": "dog"}])
@@ -172,7 +172,7 @@ def test_class8_an_edit_that_keeps_size_and_time_is_seen(tmp_path) -> None:
     assert answer_of(make_tokenizer(), second[0]) == "fox</s>"
 
 
-def test_class8_a_second_run_reads_the_cache(tmp_path, monkeypatch) -> None:
+def test_class_8_a_second_run_reads_the_cache(tmp_path, monkeypatch) -> None:
     path = qa(tmp_path / "a.jsonl")
     first = make_instruction_dataset(make_tokenizer(), path)
     monkeypatch.setattr(tokenized, "encode", None)  # would fail if called

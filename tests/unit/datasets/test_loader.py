@@ -55,14 +55,14 @@ LAYOUTS = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1)]
 @pytest.mark.parametrize(
     "options", [{}, PACKED, {"drop_last": False}, {**PACKED, "drop_last": False}, {"shuffle": False}]
 )
-def test_class9_global_batches_are_the_same_for_every_layout(options) -> None:
+def test_class_9_global_batches_are_the_same_for_every_layout(options) -> None:
     expected = global_steps(ranks(1, 4, **options))
     for dp, local in LAYOUTS:
         assert global_steps(ranks(dp, local, **options)) == expected
 
 
 @pytest.mark.parametrize("options", [{"drop_last": False}, {**PACKED, "drop_last": False}])
-def test_class9_every_row_exactly_once_an_epoch(options) -> None:
+def test_class_9_every_row_exactly_once_an_epoch(options) -> None:
     for epoch, (dp, local) in itertools.product(range(2), LAYOUTS):
         seen = list(itertools.chain(*global_steps(ranks(dp, local, **options), epoch)))
         assert sorted(seen) == list(range(50))
@@ -70,7 +70,7 @@ def test_class9_every_row_exactly_once_an_epoch(options) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("options", [{}, {**PACKED, "drop_last": False}])
-def test_class9_resume_from_any_step_and_any_number_of_workers(options, workers: int) -> None:
+def test_class_9_resume_from_any_step_and_any_number_of_workers(options, workers: int) -> None:
     (whole,) = ranks(1, 2, **options)
     (resumed,) = ranks(1, 2, num_workers=workers, **options)
     for epoch in range(2):
@@ -80,7 +80,7 @@ def test_class9_resume_from_any_step_and_any_number_of_workers(options, workers:
             assert ids_of(resumed, epoch, start) == expected[start:]
 
 
-def test_class9_resume_on_another_number_of_ranks() -> None:
+def test_class_9_resume_on_another_number_of_ranks() -> None:
     expected = global_steps(ranks(1, 4, **PACKED))
     assert global_steps(ranks(2, 1, **PACKED), 0, 2) == expected[2:]
     assert global_steps(ranks(4, 1, **PACKED), 0, 1) == expected[1:]
@@ -97,7 +97,7 @@ def test_micro_batches_are_the_documented_slice() -> None:
                 assert batch == order[start : start + local * dp][rank::dp]
 
 
-def test_class9_the_global_rng_is_neither_read_nor_moved() -> None:
+def test_class_9_the_global_rng_is_neither_read_nor_moved() -> None:
     (loader,) = ranks(1, 2)
     torch.manual_seed(1)
     first = ids_of(loader)
@@ -117,7 +117,7 @@ def test_seed_and_epoch_change_the_order() -> None:
 
 @pytest.mark.parametrize("drop_last", [True, False])
 @pytest.mark.parametrize("packing", [None, PackedSequence(SIZE)])
-def test_class10_planned_steps_are_executed_steps_on_every_rank(drop_last: bool, packing) -> None:
+def test_class_10_planned_steps_are_executed_steps_on_every_rank(drop_last: bool, packing) -> None:
     for epoch, (dp, local) in itertools.product(range(3), LAYOUTS):
         loaders = ranks(dp, local, global_batch_size=4, drop_last=drop_last, packing=packing)
         shapes = [[len(step) for step in ids_of(loader, epoch)] for loader in loaders]
@@ -125,7 +125,7 @@ def test_class10_planned_steps_are_executed_steps_on_every_rank(drop_last: bool,
         assert len(shapes[0]) == loaders[0].steps_per_epoch(epoch)
 
 
-def test_class10_packing_is_planned_for_each_epoch() -> None:
+def test_class_10_packing_is_planned_for_each_epoch() -> None:
     (loader,) = ranks(1, 1, packing=PackedSequence(SIZE), global_batch_size=1, dataset=rows(200))
     planned = [loader.steps_per_epoch(epoch) for epoch in range(6)]
     assert planned == [len(ids_of(loader, epoch)) for epoch in range(6)]

@@ -77,7 +77,7 @@ def test_exclude_modules():
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "no linear layer is left"),
     ],
 )
-def test_a_pattern_that_matches_nothing_is_an_error(options, message):
+def test_class_13_a_pattern_that_matches_nothing_is_an_error(options, message):
     model = build()
     with pytest.raises(ModelError, match=message):
         PeftConfig(**options).apply(model)
@@ -105,7 +105,7 @@ def test_bad_options_are_refused(options, message):
 
 
 @pytest.mark.parametrize(("dim", "use_dora"), [(1, False), (8, False), (4, True)])
-def test_only_the_adapters_train_and_their_size_is_the_formula(dim, use_dora):
+def test_class_13_only_the_adapters_train_and_their_size_is_the_formula(dim, use_dora):
     model = build()
     shapes = {n: m.weight.shape for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     names = PeftConfig(match_all_linear=True, dim=dim, use_dora=use_dora).apply(model)
@@ -189,7 +189,7 @@ def test_an_adapted_model_is_not_adapted_again():
 # --- what cannot be adapted is said, never silently absent ----------------------------------------------------------
 
 
-def test_fused_experts_are_reported_and_attention_is_adapted(caplog):
+def test_class_13_fused_experts_are_reported_and_attention_is_adapted(caplog):
     model = build("qwen3_moe")
     with caplog.at_level(logging.WARNING):
         names = PeftConfig(match_all_linear=True).apply(model)
@@ -229,7 +229,7 @@ class Odd(nn.Module):
         self.patched.forward = lambda x: x
 
 
-def test_layers_that_an_adapter_would_not_reach_are_reported_or_refused(caplog):
+def test_class_13_layers_that_an_adapter_would_not_reach_are_reported_or_refused(caplog):
     with caplog.at_level(logging.WARNING):
         model = Odd()
         assert PeftConfig(match_all_linear=True).apply(model) == ["own", "plain"]
