@@ -26,7 +26,7 @@ from nemo_automodel.components.checkpoint.adapters import write_adapter
 from nemo_automodel.components.checkpoint.card import hub_id
 from nemo_automodel.components.checkpoint.fingerprint import compare, versions
 from nemo_automodel.components.checkpoint.hf import gather_weights, write_model
-from nemo_automodel.components.checkpoint.publish import Found
+from nemo_automodel.components.checkpoint.publish import BEST, LATEST, Found
 from nemo_automodel.components.checkpoint.ranks import Ranks
 from nemo_automodel.components.checkpoint.resume import load_resume, read_state, write_resume
 from nemo_automodel.components.checkpoint.serving import serving_advice
@@ -34,8 +34,6 @@ from nemo_automodel.errors import CheckpointError, ConfigError
 from nemo_automodel.types import TrainState
 
 logger = logging.getLogger(__name__)
-
-LATEST, BEST = "LATEST", "BEST"
 
 
 class Checkpointer:
@@ -50,7 +48,8 @@ class Checkpointer:
             there is none yet, so that a requeued job needs no other command), ``best``, the name of a checkpoint, or
             a path. Default: a fresh start.
         keep_last: How many checkpoints of this run to keep, besides those that LATEST and BEST name; null keeps all.
-            Default 3. Checkpoints of other runs in the same directory are never removed.
+            Default 3. Checkpoints of other runs in the same directory are never removed: one whose name this run
+            needs is renamed to ``<name>.<time it was written>``, and can still be restored by its path.
         save_merged: For LoRA: also merge the adapter into the base weights, as a full HF directory in ``model/``.
             Default false.
 
@@ -173,7 +172,7 @@ class Checkpointer:
         return self.save_merged
 
     def _publish(self, temporary: Path, name: str, best: tuple[float, str] | None) -> None:
-        publish.publish(temporary, self.root / name)
+        publish.publish(temporary, self.root / name, self._run)
         publish.write_pointer(self.root, LATEST, name)
         if best is not None and best[1] == name:
             publish.write_pointer(self.root, BEST, name)
@@ -241,19 +240,19 @@ class Checkpointer:
             self._run = found.run
         else:
             self._saved_step, self._best = 0, None  # nothing of this run is in its own directory yet
-        self._ranks.on_main("Repairing the pointers", self._repair_pointers)
+        self._ranks.on_main("Repairing the pointers", lambda: self._repair_pointers(found))
         logger.info("Resumed from %s", found.path)
         return True
 
-    def _repair_pointers(self) -> None:
-        """A kill between publishing and pointing leaves them behind; what is on disk decides."""
+    def _repair_pointers(self, restored: Found) -> None:
+        """A kill between publishing and pointing leaves them behind, and LATEST may name what turned out damaged."""
         if not self.enabled:
             return
-        newest = next((found.name for found in publish.find_checkpoints(self.root) if found.sequence >= 0), None)
-        best = self._best[1] if self._best else None
-        for pointer, name in ((LATEST, newest), (BEST, best)):
-            if name and (self.root / name).is_dir() and publish.read_pointer(self.root, pointer) != name:
-                publish.write_pointer(self.root, pointer, name)
+        if self.restore_from == "latest":
+            publish.write_pointer(self.root, LATEST, restored.name)
+        best = publish.found_at(self.root / self._best[1]) if self._best else None
+        if best is not None and best.run == self._run:
+            publish.write_pointer(self.root, BEST, best.name)
 
     def _choose(self) -> Found | None:
         """The checkpoint to restore, verified byte by byte; None for a fresh start."""
@@ -261,8 +260,8 @@ class Checkpointer:
         if self.restore_from is None:
             if everything and self.enabled:
                 logger.warning(
-                    "%s already holds %d checkpoint(s) of an earlier run; they stay, and this run starts anew. "
-                    "To continue it: --checkpoint.restore_from=latest", self.root, len(everything),
+                    "%s already holds %d checkpoint(s) of an earlier run. This run starts anew; one whose name it needs "
+                    "is kept as <name>.<time it was written>. To continue the earlier run: --checkpoint.restore_from=latest", self.root, len(everything),
                 )  # fmt: skip
             return None
         if self.restore_from == "latest":
@@ -299,9 +298,9 @@ class Checkpointer:
                 return found
         path = Path(asked).expanduser()
         path = path.parent if path.name in ("model", "resume", "adapter") else path
-        for found in publish.find_checkpoints(path.parent):
-            if asked != "best" and found.path.resolve() == path.resolve():
-                return found
+        given = publish.found_at(path.resolve()) if asked != "best" else None
+        if given is not None:
+            return given
         raise CheckpointError(
             f"checkpoint.restore_from={asked}: nothing to restore there; {self._what_there_is(everything)}"
         )

@@ -2,7 +2,8 @@
 
 A directory being written has a hidden name (``.tmp-``); one being replaced is set aside (``.old-``) and one being
 removed is renamed first (``.trash-``), so whatever carries a checkpoint's name was whole once. What happened to it
-since is for ``damage`` to find. Order among checkpoints is a counter kept in their manifests, never a clock.
+since is for ``damage`` to find. Another run's checkpoint of the same name is kept under ``<name>.<time it was written>``,
+which no run takes for its own. Order among checkpoints is a counter kept in their manifests, never a clock.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +23,9 @@ from typing import Any
 from nemo_automodel.components.checkpoint.ranks import Ranks
 
 MANIFEST = "manifest.json"
+POINTERS = LATEST, BEST = "LATEST", "BEST"
 _NAME = re.compile(r"epoch_(\d+)_step_(\d+)")
+_KEPT = re.compile(_NAME.pattern + r"\.[\d.-]+")
 _TMP, _OLD, _TRASH = ".tmp-", ".old-", ".trash-"
 
 
@@ -50,8 +54,14 @@ def find_checkpoints(root: Path) -> list[Found]:
     return sorted(found, key=lambda f: (f.sequence if f.sequence >= 0 else unreadable, f.epoch, f.step), reverse=True)
 
 
+def found_at(path: Path) -> Found | None:
+    """The checkpoint that ``path`` is, one kept from an earlier run included; None if it is none."""
+    named = _NAME.fullmatch(path.name) or _KEPT.fullmatch(path.name)
+    return _found(path) if named and path.is_dir() else None
+
+
 def _found(path: Path) -> Found:
-    match = _NAME.fullmatch(path.name)
+    match = _NAME.match(path.name)
     epoch, step = map(int, match.groups()) if match else (0, 0)
     try:
         manifest = read_manifest(path)
@@ -162,15 +172,35 @@ def _file_damage(path: Path, name: str, expected: Mapping[str, Any]) -> str | No
     return None
 
 
-def publish(temporary: Path, final: Path) -> None:
-    """Give a sealed directory its name, replacing an earlier one of that name only once this one is whole."""
+def publish(temporary: Path, final: Path, run: str) -> None:
+    """Give a sealed directory its name; one of that name is replaced if it is of the same run, else kept aside.
+
+    It goes only once this one is whole. Killed in between, an earlier run's stays aside, and no pointer names it.
+    """
     aside = final.with_name(_OLD + final.name)
-    if final.exists():
+    if final.exists() and _found(final).run != run:
+        keep_aside(final)
+    elif final.exists():
         shutil.rmtree(aside, ignore_errors=True)
         final.rename(aside)  # killed here, ``clean`` gives it its name back
     temporary.rename(final)
     fsync(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def keep_aside(path: Path) -> Path:
+    """Rename another run's checkpoint to ``<name>.<time it was written>``; returns where it is."""
+    source = path / MANIFEST if (path / MANIFEST).exists() else path
+    kept = path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S', time.localtime(source.stat().st_mtime))}")
+    number = 0
+    while kept.exists():
+        number += 1
+        kept = path.with_name(f"{path.name}.{kept.name.split('.')[1]}.{number}")
+    path.rename(kept)
+    for pointer in POINTERS:  # else they would name the other run's checkpoint that takes this name
+        if _named_by(path.with_name(pointer)) == path.name:
+            path.with_name(pointer).unlink()
+    return kept
 
 
 def clean(root: Path) -> list[str]:
@@ -207,11 +237,15 @@ def write_pointer(root: Path, pointer: str, target: str) -> None:
 
 def read_pointer(root: Path, pointer: str) -> str | None:
     """The checkpoint that ``root/pointer`` names; None where it is absent, unreadable or dangling."""
-    try:
-        name = (root / pointer).read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        return None
+    name = _named_by(root / pointer)
     return name if _NAME.fullmatch(name) and (root / name).is_dir() else None
+
+
+def _named_by(pointer: Path) -> str:
+    try:
+        return pointer.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def _write_text(path: Path, text: str) -> None:

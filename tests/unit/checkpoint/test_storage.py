@@ -54,7 +54,7 @@ def flip(path, where=0.5):
 FILES = [
     "model/config.json", "model/generation_config.json", "model/model.safetensors", "model/tokenizer.json",
     "model/chat_template.jinja", "model/README.md", "resume/state.json", "resume/rank_00000.json",
-    "resume/rank_00000.safetensors", "resume/tensors/.metadata", "resume/tensors/__0_0.safetensors", "manifest.json",
+    "resume/rank_00000.safetensors", "resume/tensors/index.json", "resume/tensors/__0_0.safetensors", "manifest.json",
 ]  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def damage_delete(path):
     path.unlink()
 
 
-SAMPLE = ("model/config.json", "model/model.safetensors", "resume/tensors/.metadata", "manifest.json")
+SAMPLE = ("model/config.json", "model/model.safetensors", "resume/tensors/index.json", "manifest.json")
 
 
 @pytest.mark.parametrize(
@@ -182,17 +182,73 @@ def test_what_was_asked_for_by_name_must_be_there_and_sound(root):
         resumed_step(root, "epoch_0_step_1")
 
 
-def test_a_fresh_start_leaves_an_earlier_runs_checkpoints(root, caplog):
-    state = make_state()
+def test_25_the_pointer_names_what_was_fallen_back_to(root):
+    flip(root / "epoch_0_step_2/model/model.safetensors")
+    assert resumed_step(root)[0] == 1
+    assert (root / "LATEST").read_text() == "epoch_0_step_1\n"
+
+
+def test_what_was_asked_for_by_name_does_not_become_the_latest(root):
+    assert resumed_step(root, "epoch_0_step_1")[0] == 1
+    assert (root / "LATEST").read_text() == "epoch_0_step_2\n"
+
+
+def test_a_fresh_start_keeps_an_earlier_runs_checkpoints_of_the_same_name(root, caplog):
+    earlier = {step: read_json(root / f"epoch_0_step_{step}/manifest.json") for step in (1, 2)}
+    (root / "BEST").write_text("epoch_0_step_1\n")
+    state = make_state(seed=8)
     checkpointer = Checkpointer(None, str(root), keep_last=1)
     assert checkpointer.restore(state) is False
     assert "2 checkpoint(s) of an earlier run" in caplog.text
     for _ in range(4):
         train(state, 1)
         checkpointer.save(state)
-    names = {p.name for p in root.iterdir()}
-    assert names == {"LATEST", "epoch_0_step_4"} | names & {"epoch_0_step_1", "epoch_0_step_2"}
-    assert resumed_step(root)[0] == 4  # the newest save, whatever the older run's steps were
+    kept = {step: next(root.glob(f"epoch_0_step_{step}.*")) for step in (1, 2)}
+    assert {p.name for p in root.iterdir()} == {"LATEST", "epoch_0_step_4", *(path.name for path in kept.values())}
+    for step, path in kept.items():
+        assert publish.damage(path, Ranks(None)) == []
+        assert read_json(path / "manifest.json") == earlier[step]
+        assert resumed_step(root, str(path))[0] == step
+    flip(root / "epoch_0_step_4/model/model.safetensors")
+    with pytest.raises(CheckpointError, match=r"every checkpoint .* is damaged"):  # those kept are not this run's
+        resumed_step(root)
+
+
+def test_two_earlier_runs_of_the_same_name_are_both_kept(root):
+    for seed in (8, 9):
+        state = make_state(seed=seed)
+        train(state, 1)
+        checkpointer = Checkpointer(None, str(root))
+        checkpointer.restore(state)
+        for _ in range(2):  # the second time it is the run's own, and replaced
+            checkpointer.save(state)
+        stamp = root / "epoch_0_step_1/manifest.json"
+        os.utime(stamp, (10**9, 10**9))
+    os.utime(next(root.glob("epoch_0_step_1.*")) / "manifest.json", (10**9, 10**9))
+    Checkpointer(None, str(root)).save(state)
+    assert len(list(root.glob("epoch_0_step_1.*"))) == 3
+    assert not list(root.glob(".*"))
+
+
+def test_killed_while_keeping_an_earlier_runs_both_are_whole(root, monkeypatch):
+    """Killed between the two renames: the earlier run's is aside, the new one unpublished, no pointer names either."""
+    state = make_state()
+    train(state, 2)
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    original = publish.keep_aside
+    monkeypatch.setattr(publish, "keep_aside", lambda path: killed(original(path)))
+    with pytest.raises(KeyboardInterrupt):
+        Checkpointer(None, str(root)).save(state)
+    kept = next(root.glob("epoch_0_step_2.*"))
+    assert publish.damage(kept, Ranks(None)) == []
+    assert not (root / "epoch_0_step_2").exists()
+    assert publish.read_pointer(root, "LATEST") is None
+    assert resumed_step(root)[0] == 1
+    assert resumed_step(root, str(kept))[0] == 2
+    assert not list(root.glob(".*"))
 
 
 def test_an_older_run_with_more_steps_does_not_win(root, tmp_path):
