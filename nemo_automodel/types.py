@@ -7,7 +7,7 @@ H hidden size, V vocabulary, D documents.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import torch
@@ -37,6 +37,7 @@ class Batch(TypedDict, total=False):
     labels: torch.Tensor  # [B, S] int64, pre-shifted, IGNORE_INDEX where untrained
     label_indices: torch.Tensor  # [n] int64: flat positions in [0, B*S) whose label is trained
     num_label_tokens: int  # n, known without asking the device
+    num_tokens: int  # tokens of the rows themselves: no padding, no filler
     attention_mask: torch.Tensor  # [B, S] int64, 1 = token; absent when packed or when no row is padded
     position_ids: torch.Tensor  # [1, S] int64; packed only
     cu_seq_lens_q: torch.Tensor  # [D+1] int32; packed only
@@ -115,3 +116,6 @@ class TrainState:
     schedule: Stateful  # step and epoch; the data position follows from it
     rng: Stateful
     fingerprint: dict[str, Any]  # what must not change across a resume: data, batch, model, adapter
+    extra: dict[str, Stateful] = field(
+        default_factory=dict
+    )  # a recipe's own, by name; the same on every rank or sharded

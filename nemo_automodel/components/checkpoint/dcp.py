@@ -1,13 +1,12 @@
 """Tensors of all ranks through torch.distributed.checkpoint (DCP), with nothing in the files that could run.
 
-DCP plans who writes and reads which slice; the slices are in safetensors files. (Its own writer pickles each tensor, and
-an error in one of its threads leaves tensors out in silence.) DCP's index is a pickle: it is read with an unpickler that
-knows DCP's own few data classes and nothing else.
+DCP plans who writes and reads which slice; the slices are in safetensors files and the index of them in JSON. (DCP's own
+writer pickles both, and an error in one of its threads leaves tensors out in silence.)
 """
 
 from __future__ import annotations
 
-import pickle
+import json
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -30,28 +36,7 @@ from nemo_automodel.errors import CheckpointError
 
 _FILE_BYTES = 2**29
 """About how much goes into one file, and so how much host memory a save takes beside the tensors themselves."""
-_INDEX = ".metadata"
-_CLASSES = {
-    ("torch.distributed.checkpoint.metadata", name)
-    for name in (
-        "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties", "BytesStorageMetadata",
-        "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING",
-    )
-} | {
-    ("torch", "Size"), ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"),
-}  # fmt: skip
-
-
-class _DataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _CLASSES:
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
-            return found
-        raise CheckpointError(
-            f"{_INDEX} names {module}.{name}: not the index of tensors that this program writes; refused"
-        )
+_INDEX = "index.json"
 
 
 class _Writer(FileSystemWriter):
@@ -64,6 +49,21 @@ class _Writer(FileSystemWriter):
             save_file(tensors, Path(self.path) / name)
             results += [WriteResult(i.index, tensors[_key(i.index)].nbytes, storage_data=name) for i in items]
         return _done(results)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the index, on one rank: of every tensor its dtype, its size and where its slices are."""
+        files = {result.index: result.storage_data for rank in results for result in rank}
+        tensors = {}
+        for name, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                raise CheckpointError(f"{name} is not a tensor")
+            slices = [
+                {"offsets": list(c.offsets), "sizes": list(c.sizes), "file": files.get(MetadataIndex(name, c.offsets))}
+                for c in entry.chunks
+            ]
+            dtype = str(entry.properties.dtype).removeprefix("torch.")
+            tensors[name] = {"dtype": dtype, "size": list(entry.size), "slices": slices}
+        (Path(self.path) / _INDEX).write_text(json.dumps(tensors))
 
 
 class _Reader(FileSystemReader):
@@ -126,19 +126,32 @@ def _done(value: Any) -> Future[Any]:
 
 
 def read_index(directory: Path) -> Metadata:
-    """DCP's index of ``directory``.
+    """The index of ``directory``, as DCP wants it.
 
     Raises:
-        CheckpointError: It holds anything but the description of tensors.
+        CheckpointError: It is missing, or is not the description of tensors that is written here.
     """
-    with (directory / _INDEX).open("rb") as file:
-        try:
-            metadata = _DataUnpickler(file).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{directory / _INDEX}: not a readable index ({error})") from error
-    if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{directory / _INDEX}: not the index of a checkpoint")
-    return metadata
+    path = directory / _INDEX
+    tensors: dict[str, Any] = {}
+    files: dict[MetadataIndex, str] = {}
+    try:
+        for name, entry in json.loads(path.read_text()).items():
+            slices = [ChunkStorageMetadata(torch.Size(s["offsets"]), torch.Size(s["sizes"])) for s in entry["slices"]]
+            properties = TensorProperties(dtype=_dtype(entry["dtype"]))
+            tensors[name] = TensorStorageMetadata(properties, torch.Size(entry["size"]), slices)
+            files |= {MetadataIndex(name, s["offsets"]): s["file"] for s in entry["slices"]}
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a readable index of tensors ({error})") from error
+    return Metadata(tensors, storage_data=files)
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name} is not a dtype")
+    return dtype
 
 
 def stored_tensors(directory: Path) -> dict[str, tuple[torch.dtype, torch.Size]]:

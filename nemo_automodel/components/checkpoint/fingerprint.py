@@ -28,12 +28,13 @@ def compare(saved: Mapping[str, Any], live: Mapping[str, Any]) -> tuple[list[str
     """What keeps this run from resuming, and what merely changed; one ``key: saved -> live`` line each.
 
     Both are ``TrainState.fingerprint`` (``config``: the resolved recipe; ``data``: a hash of the data) with
-    ``versions`` and ``schedule`` added. Where both know the hash of the data, it alone speaks for the dataset.
+    ``versions`` and ``schedule`` added. Where both know the hash of the data, it alone speaks for the dataset; one
+    that starts with ``partial:`` covers not all of it, so that the dataset's configuration must be the same too.
     """
     forbidden: list[str] = []
     harmless: list[str] = []
     same_data = saved.get("data") is not None and saved.get("data") == live.get("data")
-    free = (*_FREE, "dataset") if same_data else _FREE
+    free = (*_FREE, "dataset") if same_data and not str(live["data"]).startswith("partial:") else _FREE
     for key, old, new in _differences(saved.get("config") or {}, live.get("config") or {}):
         line = f"{key}: {old} -> {new}"
         if _under(key, _NOT_WORTH_SAYING):

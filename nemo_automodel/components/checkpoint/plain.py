@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 
 from nemo_automodel.errors import CheckpointError
 
@@ -30,7 +29,7 @@ def encode(value: Any, tensors: dict[str, torch.Tensor], key: str) -> Any:
         return value.item()
     if isinstance(value, np.ndarray):
         return {_KIND: "ndarray", "value": encode(torch.from_numpy(np.ascontiguousarray(value)), tensors, key)}
-    if isinstance(value, torch.Tensor) and not isinstance(value, DTensor):
+    if isinstance(value, torch.Tensor):
         tensors[key] = value.detach()
         return {_KIND: "tensor", "value": key}
     if isinstance(value, list):

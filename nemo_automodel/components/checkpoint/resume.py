@@ -1,7 +1,8 @@
 """What a run needs to go on exactly: the ``resume/`` directory.
 
-    tensors/             trainable weights and buffers (``model/``), optimizer state (``optimizer/``), through DCP
-    state.json           optimizer groups, lr_scheduler, schedule, fingerprint; its tensors in state.safetensors
+    tensors/             trainable weights and buffers (``model/``), optimizer state (``optimizer/``) and what a recipe
+                         adds (``extra/``), through DCP
+    state.json           optimizer groups, lr_scheduler, schedule, fingerprint, extra; its tensors in state.safetensors
     rank_00000.json      one a rank: rng; its tensors in rank_00000.safetensors
 
 Names, not positions, say what belongs to what, so another number of ranks reads the same files.
@@ -55,13 +56,16 @@ def _collect(
     names = _live_names(state.model)
     tensors = {f"model/{name}": tensor.detach() for name, tensor in _saved_of(names)}
     aside: dict[str, torch.Tensor] = {}
+    own: dict[str, torch.Tensor] = {}  # of ``state.extra``: beside the weights, for they may be as large and sharded
     document = {
         "optimizer": _optimizer_document(state.optimizer, names, tensors, aside),
         "lr_scheduler": plain.encode(state.lr_scheduler.state_dict(), aside, "lr_scheduler"),
         "schedule": plain.encode(state.schedule.state_dict(), aside, "schedule"),
         "fingerprint": json.loads(json.dumps(state.fingerprint, default=str)),
+        "extra": {name: plain.encode(part.state_dict(), own, f"extra/{name}") for name, part in state.extra.items()},
         **extra,
     }
+    tensors.update(own)
     return tensors, document, aside
 
 
@@ -170,15 +174,44 @@ def load_resume(state: TrainState, directory: Path, ranks: Ranks) -> None:
     targets = {f"model/{name}": tensor.detach() for name, tensor in _saved_of(names)}
     loaded = _optimizer_targets(state.optimizer, names, stored, document["optimizer"])
     targets |= {f"optimizer/{name}/{key}": t for name, values in loaded.items() for key, t in values.items()}
+    own = ranks.together("Reading the extra state", lambda: _extra_targets(state, stored, document.get("extra", {})))
+    targets |= own
     ranks.together("Loading the state", lambda: load_tensors(directory / TENSORS, targets))
 
     def restore_the_rest() -> None:
         _load_optimizer(state.optimizer, names, document["optimizer"], loaded, aside)
         state.lr_scheduler.load_state_dict(plain.decode(document["lr_scheduler"], aside))
         state.schedule.load_state_dict(plain.decode(document["schedule"], aside))
+        for name, part in state.extra.items():
+            part.load_state_dict(plain.decode(document["extra"][name], own))
         _load_rng(state, directory, ranks.rank)
 
-    ranks.together("Restoring optimizer, lr_scheduler, schedule and rng", restore_the_rest)
+    ranks.together("Restoring optimizer, lr_scheduler, schedule, extra and rng", restore_the_rest)
+
+
+def _extra_targets(
+    state: TrainState, stored: Mapping[str, tuple[torch.dtype, torch.Size]], document: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Where the tensors of ``state.extra`` are loaded into: sharded as the live ones of the same name and shape are."""
+    if missing := sorted(state.extra.keys() - document.keys()):
+        raise CheckpointError(
+            f"the checkpoint has no state.extra {', '.join(missing)}; resume without it, or start anew from the weights"
+        )
+    if unknown := sorted(document.keys() - state.extra.keys()):
+        logger.warning("The checkpoint's state.extra %s is not in this run; it is not restored.", ", ".join(unknown))
+    live: dict[str, torch.Tensor] = {}
+    for name, part in state.extra.items():
+        plain.encode(part.state_dict(), live, f"extra/{name}")
+    targets = {}
+    for key, (dtype, size) in stored.items():
+        if not any(key == f"extra/{name}" or key.startswith(f"extra/{name}.") for name in state.extra):
+            continue
+        like = live.get(key)
+        if like is not None and like.size() == size:
+            targets[key] = torch.empty_like(like.detach(), dtype=dtype)
+        else:
+            targets[key] = torch.empty(size, dtype=dtype)
+    return targets
 
 
 def _check_weights(names: Mapping[str, torch.Tensor], stored: Mapping[str, tuple[torch.dtype, torch.Size]]) -> None:
@@ -278,6 +311,8 @@ def _rank_file(directory: Path, rank: int) -> Path:
 
 
 def _write(path: Path, document: Any, aside: Mapping[str, torch.Tensor]) -> None:
+    if sharded := [key for key, t in aside.items() if isinstance(t, DTensor)]:
+        raise CheckpointError(f"state {sharded[0]!r} is sharded over ranks; keep it in TrainState.extra")
     path.write_text(json.dumps(document, indent=1))
     if aside:
         save_file({key: t.cpu().contiguous().clone() for key, t in aside.items()}, path.with_suffix(".safetensors"))

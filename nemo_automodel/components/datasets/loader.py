@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from torch.utils.data import DataLoader as TorchDataLoader
@@ -25,6 +26,7 @@ from nemo_automodel.types import IGNORE_INDEX, Batch
 
 logger = logging.getLogger(__name__)
 
+_ROWS_HASHED = 200_000
 FILLER = -1
 """Stands in the order for a fully masked row that only makes ranks equally long; counted nowhere."""
 
@@ -97,10 +99,27 @@ class DataLoader:
 
     @property
     def fingerprint(self) -> str:
-        """What must not change for a resumed run to see the same rows in the same order."""
-        stats = getattr(self.dataset, "fingerprint", None)
-        facts = [stats, len(self.dataset), self.seed, self.shuffle, self._size, len(self._rows)]
-        return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
+        """What must not change for a resumed run to see the same rows in the same order.
+
+        The content is the dataset's own ``fingerprint``; of a list or ``datasets.Dataset`` without one, up to 200,000
+        rows, every token. Other content is not read: then the result starts with ``partial:``.
+        """
+        content = getattr(self.dataset, "fingerprint", None) or self._hash_of_rows()
+        facts = [content, len(self.dataset), self.seed, self.shuffle, self._size, len(self._rows)]
+        digest = hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
+        return digest if content is not None else f"partial:{digest}"
+
+    def _hash_of_rows(self) -> str | None:
+        """None where reading every row may be slow, or give something else the next time (a transform, a class)."""
+        dataset = self.dataset
+        stored = isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"
+        if not (stored or isinstance(dataset, list | tuple)) or len(dataset) > _ROWS_HASHED:
+            return None
+        digest = hashlib.sha256()
+        for index in self._rows:
+            ids, labels = self._micro_batches.row(index)
+            digest.update(len(ids).to_bytes(8, "little") + ids.tobytes() + labels.tobytes())
+        return digest.hexdigest()
 
     @property
     def rows_dropped(self) -> int:
@@ -192,14 +211,15 @@ class _MicroBatches:
         try:
             if self.size:
                 ids = [index for documents in items if documents != FILLER for index in documents]
-                packs = [[self._row(i) for i in documents] if documents != FILLER else [] for documents in items]
+                packs = [[self.row(i) for i in documents] if documents != FILLER else [] for documents in items]
                 return collate_packed(packs, ids, self.size, self.pad_id)
             ids = [index for index in items if index != FILLER]
-            return collate_padded([self._row(index) for index in items], ids, self.pad_id, self.multiple)
+            return collate_padded([self.row(index) for index in items], ids, self.pad_id, self.multiple)
         except AutoModelError as error:
             return error
 
-    def _row(self, index: int) -> Row:
+    def row(self, index: int) -> Row:
+        """One checked row."""
         if index == FILLER:  # one visible token, so that no attention row is empty
             return np.array([self.pad_id]), np.array([IGNORE_INDEX])
         sample = self.dataset[index]

@@ -4,7 +4,9 @@ import json
 import os
 import pickle
 from collections import Counter, deque
+from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,8 @@ from nemo_automodel.components.checkpoint import dcp, plain, publish
 from nemo_automodel.components.checkpoint.checkpointer import Checkpointer
 from nemo_automodel.components.checkpoint.dcp import load_tensors, read_index, save_tensors
 from nemo_automodel.components.checkpoint.ranks import Ranks
+from nemo_automodel.components.datasets import loader
+from nemo_automodel.components.datasets.loader import DataLoader
 from nemo_automodel.errors import CheckpointError
 from tests.unit.checkpoint.runs import logits, make_state, read_json, train
 
@@ -238,6 +242,39 @@ def test_36_other_data_is_refused_and_the_same_data_elsewhere_is_not(tmp_path, c
         restored_with(tmp_path / "2", [("dataset", "path", "b.jsonl")], data=(None, None))
     assert restored_with(tmp_path / "3", [("dataset", "path", "b.jsonl")])
     assert "dataset.path: a.jsonl -> b.jsonl" in caplog.text
+    with pytest.raises(CheckpointError, match=r"dataset.path: a.jsonl -> b.jsonl"):
+        restored_with(tmp_path / "4", [("dataset", "path", "b.jsonl")], data=("partial:d", "partial:d"))
+    with pytest.raises(CheckpointError, match=r"data .*: partial:d -> partial:e"):
+        restored_with(tmp_path / "5", [], data=("partial:d", "partial:e"))
+
+
+@pytest.mark.parametrize("kind", [list, tuple, datasets.Dataset.from_list])
+def test_36_rows_of_a_users_own_dataset_are_compared(kind):
+    rows = [{"input_ids": [1, i, 3], "labels": [i, 3, -100]} for i in range(5, 21)]
+    swapped = [rows[1], rows[0], *rows[2:]]
+    relabelled = [{**rows[0], "labels": [-100, 3, -100]}, *rows[1:]]
+
+    def fingerprint(rows):
+        return DataLoader(kind(rows), global_batch_size=4, local_batch_size=2).fingerprint
+
+    assert fingerprint(rows) == fingerprint([dict(row) for row in rows])
+    assert len({fingerprint(each) for each in (rows, swapped, relabelled, rows[1:])}) == 4
+    assert not fingerprint(rows).startswith("partial:")
+
+
+def test_36_a_dataset_that_is_not_in_memory_is_not_read(monkeypatch):
+    class Lazy:
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            raise AssertionError("read")
+
+    assert DataLoader(Lazy()).fingerprint.startswith("partial:")
+    changing = datasets.Dataset.from_list([{"x": 1}] * 8).with_transform(lambda batch: Lazy()[0])
+    assert DataLoader(changing).fingerprint.startswith("partial:")
+    monkeypatch.setattr(loader, "_ROWS_HASHED", 7)
+    assert DataLoader([{"x": 1}] * 8).fingerprint.startswith("partial:")
 
 
 def test_38_another_horizon_is_refused(tmp_path):
@@ -280,30 +317,46 @@ def test_a_malicious_index_does_not_run(tmp_path):
     path = Checkpointer(None, str(tmp_path / "ckpt")).save(state)
     bomb = Bomb()
     bomb.path = tmp_path / "executed"
-    (path / "resume/tensors/.metadata").write_bytes(pickle.dumps(bomb))
-    publish.seal(path, {key: read_json(path / "manifest.json")[key] for key in ("run", "sequence")}, Ranks(None))
-    with pytest.raises(CheckpointError, match=r"names posix.system"):
-        Checkpointer(None, str(tmp_path / "ckpt"), restore_from="latest").restore(make_state())
+    for name in (".metadata", "__0.metadata", "index.json"):  # DCP's own names are not even looked at
+        (path / "resume/tensors" / name).write_bytes(pickle.dumps(bomb))
+        publish.seal(path, {key: read_json(path / "manifest.json")[key] for key in ("run", "sequence")}, Ranks(None))
+        restore = Checkpointer(None, str(tmp_path / "ckpt"), restore_from="latest").restore
+        if name == "index.json":
+            with pytest.raises(CheckpointError, match=r"index.json: not a readable index"):
+                restore(make_state())
+        else:
+            assert restore(make_state())
     assert not bomb.path.exists()
 
 
+def test_no_file_is_a_pickle(tmp_path, monkeypatch):
+    """Every file is JSON, text or safetensors, and neither writing nor reading one reaches ``pickle``."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("pickle was reached")
+
+    for name in ("load", "loads", "dump", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr(torch, "save", refuse)
+    state = make_state()
+    train(state, 1)
+    path = Checkpointer(None, str(tmp_path)).save(state)
+    assert Checkpointer(None, str(tmp_path), restore_from="latest").restore(make_state())
+    assert {file.suffix for file in path.rglob("*") if file.is_file()} == {".json", ".safetensors", ".jinja", ".md"}
+
+
 @pytest.mark.parametrize(
-    "name", ["torch.os.system", "builtins.eval", "torch.load", "torch.distributed.checkpoint.filesystem.pickle"]
-)
-def test_the_index_may_name_dcps_own_classes_only(name, tmp_path):
-    module, _, attribute = name.rpartition(".")
-    (tmp_path / ".metadata").write_bytes(f"c{module}\n{attribute}\n.".encode())
-    with pytest.raises(CheckpointError, match="refused"):
-        read_index(tmp_path)
-    (tmp_path / ".metadata").write_bytes(b"ctorch\nos.system\n.")
-    with pytest.raises(CheckpointError, match="refused"):
-        read_index(tmp_path)
-
-
-@pytest.mark.parametrize("content", [b"", b"junk", pickle.dumps({"a": 1})])
+    "content",
+    ["", "junk", "[]", "[1]", '{"a": 1}', '{"a": {"dtype": "load", "size": [], "slices": []}}',
+     '{"a": {"dtype": "float32", "size": ["x"], "slices": [1]}}'],
+)  # fmt: skip
 def test_an_index_that_is_none(content, tmp_path):
-    (tmp_path / ".metadata").write_bytes(content)
-    with pytest.raises(CheckpointError, match="index"):
+    (tmp_path / "index.json").write_text(content)
+    with pytest.raises(CheckpointError, match="not a readable index"):
+        read_index(tmp_path)
+    (tmp_path / "index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"index.json: No such file"):
         read_index(tmp_path)
 
 
@@ -311,8 +364,67 @@ def test_what_is_not_a_tensor_is_neither_written_nor_read(tmp_path):
     with pytest.raises(CheckpointException, match="a is not a tensor"):
         save_tensors(tmp_path, {"a": "an object"})
     torch.distributed.checkpoint.save({"a": "an object"}, checkpoint_id=tmp_path)  # DCP's own writer: a pickle
-    with pytest.raises((CheckpointError, CheckpointException), match="refused"):
+    with pytest.raises((CheckpointError, CheckpointException), match="No such file"):
         load_tensors(tmp_path, {"a": "object"})
+
+
+# --- a recipe's own state -------------------------------------------------------------------------------------------
+
+
+class Average:
+    """An exponential moving average of the weights, as the guide has it, with a counter beside it."""
+
+    def __init__(self, params, decay=0.9):
+        self.params, self.decay, self.updates = list(params), decay, 0
+        self.average = [p.detach().clone() for p in self.params]
+
+    def update(self):
+        self.updates += 1
+        for average, p in zip(self.average, self.params, strict=True):
+            average.mul_(self.decay).add_(p.detach(), alpha=1 - self.decay)
+
+    def state_dict(self):
+        return {"average": self.average, "updates": self.updates}
+
+    def load_state_dict(self, state):
+        self.updates = state["updates"]
+        for average, saved in zip(self.average, state["average"], strict=True):
+            average.copy_(saved)
+
+
+def test_extra_state_is_restored_exactly(tmp_path):
+    state = make_state()
+    ema = Average(state.model.parameters())
+    log = SimpleNamespace(state_dict=lambda: {"seen": {1: [0.1, (2, "x")]}}, load_state_dict=lambda got: None)
+    state.extra = {"ema": ema, "ema2": log}
+    train(state, 2)
+    ema.update()
+    path = Checkpointer(None, str(tmp_path)).save(state)
+    other = make_state()
+    got = []
+    log = SimpleNamespace(state_dict=dict, load_state_dict=got.append)
+    again = Average(other.model.parameters())
+    other.extra = {"ema": again, "ema2": log}
+    assert Checkpointer(None, str(tmp_path), restore_from="latest").restore(other)
+    assert again.updates == 1
+    assert all(torch.equal(a, b) for a, b in zip(again.average, ema.average, strict=True))
+    assert got == [{"seen": {1: [0.1, (2, "x")]}}]
+    assert any(name.startswith("extra/ema.average") for name in dcp.stored_tensors(path / "resume/tensors"))
+
+
+def test_extra_state_that_is_not_there_is_an_error_and_one_too_much_is_said(tmp_path, caplog):
+    state = make_state()
+    state.extra = {"ema": Average(state.model.parameters())}
+    Checkpointer(None, str(tmp_path)).save(state)
+    assert Checkpointer(None, str(tmp_path), restore_from="latest").restore(make_state())
+    assert "state.extra ema is not in this run" in caplog.text
+    other = make_state()
+    other.extra = {"swa": Average(other.model.parameters())}
+    with pytest.raises(CheckpointError, match=r"no state.extra swa"):
+        Checkpointer(None, str(tmp_path), restore_from="latest").restore(other)
+
+
+# --- tensors and values ---------------------------------------------------------------------------------------------
 
 
 def test_tensors_are_spread_over_files_of_bounded_size(tmp_path, monkeypatch):
