@@ -25,7 +25,7 @@ from nemo_automodel.types import IGNORE_INDEX, Batch, LossFunction
 
 logger = logging.getLogger(__name__)
 
-_NOT_FOR_THE_MODEL = ("labels", "label_indices", "num_label_tokens", "sample_ids")
+_NOT_FOR_THE_MODEL = ("labels", "label_indices", "num_label_tokens", "num_tokens", "sample_ids")
 
 
 @dataclass

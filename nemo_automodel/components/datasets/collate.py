@@ -20,7 +20,7 @@ def collate_padded(rows: Sequence[Row], sample_ids: list[int], pad_id: int = 0, 
     """Right-pad ``rows`` to the longest, rounded up.
 
     Args:
-        rows: B pairs of input_ids [S_i] and pre-shifted labels [S_i].
+        rows: B pairs of input_ids [S_i] and pre-shifted labels [S_i]; those beyond ``sample_ids`` are filler.
         sample_ids: dataset rows that are in the batch.
         pad_id: any valid token id; it is masked out.
         pad_to_multiple_of: S is rounded up to a multiple of this many tokens (default 8).
@@ -37,7 +37,8 @@ def collate_padded(rows: Sequence[Row], sample_ids: list[int], pad_id: int = 0, 
         input_ids[i, : len(ids)] = ids
         labels[i, : len(ids)] = targets
         mask[i, : len(ids)] = 1
-    batch = _batch(input_ids, labels, sample_ids)
+    num_tokens = sum(len(ids) for ids, _ in rows[: len(sample_ids)])
+    batch = _batch(input_ids, labels, sample_ids, num_tokens)
     if not mask.all():
         batch["attention_mask"] = torch.from_numpy(mask)
     return batch
@@ -59,6 +60,7 @@ def collate_packed(packs: Sequence[Sequence[Row]], sample_ids: list[int], size: 
     input_ids = np.full((1, total), pad_id, dtype=np.int64)
     labels = np.full((1, total), IGNORE_INDEX, dtype=np.int64)
     lengths: list[int] = []
+    num_tokens = 0
     for start, documents in zip(range(0, total, size), packs, strict=True):
         at = start
         for ids, targets in documents:
@@ -66,9 +68,10 @@ def collate_packed(packs: Sequence[Sequence[Row]], sample_ids: list[int], size: 
             labels[0, at : at + len(ids)] = targets
             at += len(ids)
             lengths.append(len(ids))
+            num_tokens += len(ids)
         if at < start + size:
             lengths.append(start + size - at)
-    batch = _batch(input_ids, labels, sample_ids)
+    batch = _batch(input_ids, labels, sample_ids, num_tokens)
     bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     batch["position_ids"] = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
     batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = bounds
@@ -76,12 +79,13 @@ def collate_packed(packs: Sequence[Sequence[Row]], sample_ids: list[int], size: 
     return batch
 
 
-def _batch(input_ids: np.ndarray, labels: np.ndarray, sample_ids: list[int]) -> Batch:
+def _batch(input_ids: np.ndarray, labels: np.ndarray, sample_ids: list[int], num_tokens: int) -> Batch:
     indices = np.flatnonzero(labels.reshape(-1) != IGNORE_INDEX)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
         label_indices=torch.from_numpy(indices.astype(np.int64)),
         num_label_tokens=len(indices),
+        num_tokens=num_tokens,
         sample_ids=sample_ids,
     )

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import nn
 
+from nemo_automodel.components.datasets.loader import DataLoader
+from nemo_automodel.components.datasets.packing import PackedSequence
 from nemo_automodel.components.distributed.env import DistEnv
 from nemo_automodel.components.training.metrics import Loggers, count_tokens, open_jsonl, peak_memory_gib
 from nemo_automodel.components.training.schedule import StepScheduler
@@ -188,6 +190,22 @@ def test_count_tokens_of_padded_and_packed_batches():
         count_tokens(Batch(input_ids=torch.ones(2, 4), attention_mask=torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]))) == 4
     )
     assert count_tokens(Batch(input_ids=torch.ones(1, 7))) == 7
+
+
+@pytest.mark.parametrize("packed_sequence_size", [0, 16])
+def test_an_epoch_counts_the_tokens_of_its_rows_and_neither_padding_nor_filler(packed_sequence_size):
+    lengths = [3, 9, 5, 12, 7]
+    rows = [{"input_ids": list(range(1, n + 1)), "labels": list(range(1, n + 1))} for n in lengths]
+    loader = DataLoader(
+        rows,
+        packing=PackedSequence(packed_sequence_size),
+        global_batch_size=4,
+        local_batch_size=4,
+        drop_last=False,
+    )
+    batches = [batch for step in loader.steps(0) for batch in step]
+    assert sum(batch["input_ids"].numel() for batch in batches) > sum(lengths)
+    assert sum(map(count_tokens, batches)) == sum(lengths)
 
 
 def test_peak_memory_never_falls():
