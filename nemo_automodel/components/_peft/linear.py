@@ -110,12 +110,9 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def merged_weight(self) -> torch.Tensor:
         """The weight with the adapter in it, in the base's layout and dtype (summed in fp32); sharded as the base is."""
-        a, b = full_tensor(self.lora_A.weight).float(), full_tensor(self.lora_B.weight).float()
-        merged = like(self.lora_scale * (b @ a), self.dense_weight()) + self.dense_weight().float()
-        if self.lora_magnitude_vector is not None:
-            norm = full_tensor(torch.linalg.vector_norm(merged, dim=1))
-            ratio = (full_tensor(self.lora_magnitude_vector).float() / norm).unsqueeze(1).expand(merged.shape)
-            merged = merged * like(ratio, merged)
+        merged = low_rank_sum(
+            self.dense_weight(), self.lora_A.weight, self.lora_B.weight, self.lora_scale, self.lora_magnitude_vector
+        )
         merged = merged.t() if self.lora_transposed else merged
         return merged.to(self.weight.dtype).contiguous()
 
@@ -178,6 +175,22 @@ def _adapted_class(cls: type) -> type:
         doc = f"``{cls.__name__}`` with a LoRA adapter."
         _adapted_classes[cls] = type(f"LoRA{cls.__name__}", (LoRALinear, cls), {"__doc__": doc})
     return _adapted_classes[cls]
+
+
+def low_rank_sum(
+    dense: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, magnitude: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``dense + scale * b @ a`` in fp32, sharded as ``dense`` is; with ``magnitude``, each row is given that norm (DoRA).
+
+    ``dense`` [out, in], ``a`` [r, in], ``b`` [out, r], ``magnitude`` [out], of any dtype.
+    """
+    product = scale * (full_tensor(b).float() @ full_tensor(a).float())
+    merged = like(product, dense) + dense.float()
+    if magnitude is None:
+        return merged
+    norm = full_tensor(torch.linalg.vector_norm(merged, dim=1))
+    ratio = (full_tensor(magnitude).float() / norm).unsqueeze(1).expand(merged.shape)
+    return merged * like(ratio, merged)
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

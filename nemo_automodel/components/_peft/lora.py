@@ -1,28 +1,20 @@
 """LoRA: ``PeftConfig`` says which linear layers get a low-rank adapter and of what kind, and puts it on them.
 
-Read with ``linear.py`` (what an adapted layer computes), ``match.py`` (which layers) and ``export.py`` (how it is saved).
+Read with ``linear.py`` (what an adapted layer computes), ``match.py`` (which layers), ``export.py`` (how it is saved) and
+``merge.py`` (how what was saved becomes full weights).
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed
 from torch import nn
 
-from nemo_automodel.components._peft.export import (
-    adapted_names,
-    gathered_adapter_tensors,
-    load_tensors,
-    merged_tensors,
-    peft_target_modules,
-    read_adapter_config,
-    read_adapter_tensors,
-)
+from nemo_automodel.components._peft.export import gathered_adapter_tensors, merged_tensors, peft_target_modules
 from nemo_automodel.components._peft.linear import LoRALinear, adapt, lora_layers
 from nemo_automodel.components._peft.match import select_modules, summarize
 from nemo_automodel.errors import ConfigError, ModelError
@@ -204,35 +196,6 @@ def reset_adapters(model: nn.Module) -> None:
         layer.reset_adapter(generator)
 
 
-def load_adapter(model: nn.Module, directory: str | Path) -> PeftConfig:
-    """Put the PEFT adapter saved in ``directory`` on ``model``; returns the configuration it was read from.
-
-    A model without adapters gets them first; one that has them must have the same.
-
-    Raises:
-        CheckpointError: the directory is not a LoRA adapter, is damaged, or does not fit the model.
-    """
-    directory = Path(directory)
-    saved, tensors = read_adapter_config(directory), read_adapter_tensors(directory)
-    config = PeftConfig(
-        target_modules=adapted_names(tensors),
-        dim=saved["r"],
-        alpha=saved["lora_alpha"],
-        dropout=saved.get("lora_dropout", 0.0),
-        use_dora=saved.get("use_dora", False),
-    )
-    if not any(True for _ in lora_layers(model)):
-        config.apply(model)
-    scales = {layer.lora_scale for _, layer in lora_layers(model)}
-    if scales != {config.scale}:
-        raise ModelError(
-            f"{directory}: its adapter is scaled by alpha/r = {config.alpha}/{config.dim}, "
-            f"the model's by {scales.pop()}; set peft.dim and peft.alpha to the adapter's"
-        )
-    load_tensors(model, tensors, directory)
-    return config
-
-
 def _numel(model: nn.Module, name: str) -> int:
     owner, _, last = name.rpartition(".")
     found = getattr(model.get_submodule(owner), last)
@@ -259,4 +222,4 @@ def _parse_dtype(value: str | torch.dtype | None) -> torch.dtype:
     return dtype
 
 
-__all__ = ["LoRALinear", "PeftConfig", "load_adapter", "reset_adapters"]
+__all__ = ["LoRALinear", "PeftConfig", "reset_adapters"]

@@ -209,6 +209,23 @@ def test_merge_of_an_adapter_on_a_tied_embedding(tmp_path):
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("whole", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+@pytest.mark.parametrize("together", [False, True])
+def test_merge_of_whole_modules_that_are_tied_in_the_base(whole, together, tmp_path):
+    """Trained apart they are merged apart; the other one stays the base's. PEFT can also keep them tied."""
+    live = peft_adapter(
+        tmp_path, tied=True, target_modules=["q_proj"], modules_to_save=whole, ensure_weight_tying=together
+    )
+    expected = logits(live)
+    out = merge(tmp_path / "adapter", output=tmp_path / "out")
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
+    if whole == ["lm_head"] and not together:
+        base = load_file(tmp_path / "base/model.safetensors")["model.embed_tokens.weight"]
+        assert torch.equal(merged.get_input_embeddings().weight, base)
+        assert not torch.equal(merged.lm_head.weight, base)
+
+
 @pytest.mark.parametrize(("dtype", "written"), [("auto", torch.bfloat16), ("float32", torch.float32)])
 def test_class_17_merge_writes_the_dtype_asked_for(dtype, written, tmp_path):
     peft_adapter(tmp_path, dtype=torch.bfloat16, target_modules=["q_proj"])

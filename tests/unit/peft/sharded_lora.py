@@ -1,24 +1,20 @@
 """Two gloo ranks, each running this file's ``main`` (``test_lora_sharded.py`` starts them).
 
 Claims, for LoRA and DoRA under ``fully_shard``: ranks that were seeded differently start from the same adapters; the
-gathered adapter and the merged weights equal one process's; loss and gradients equal one process's; an adapter that was
-read back into sharded parameters is the one that was written.
+gathered adapter and the merged weights equal one process's; loss and gradients equal one process's.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from nemo_automodel.components._peft.export import load_tensors, read_adapter_tensors
 from nemo_automodel.components._peft.lora import PeftConfig
 from tests.builders import tiny_config
 
@@ -47,7 +43,7 @@ def full(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def check(config: PeftConfig, directory: Path) -> None:
+def check(config: PeftConfig) -> None:
     rank = dist.get_rank()
     model = build(config, seed=100 + rank)
     alone = config.adapter_state_dict(model)
@@ -77,18 +73,11 @@ def check(config: PeftConfig, directory: Path) -> None:
         if parameter.requires_grad:
             torch.testing.assert_close(full(parameter.grad), gradients[name], rtol=1e-5, atol=1e-7, msg=name)
 
-    if rank == 0:
-        save_file({key: value + 1 for key, value in alone.items()}, directory / "adapter_model.safetensors")
-    dist.barrier()
-    load_tensors(model, read_adapter_tensors(directory), directory)
-    for key, value in config.adapter_state_dict(model).items():
-        assert torch.equal(value, alone[key] + 1), key
-
 
 def main(rank: int, directory: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
     for use_dora in (False, True):
-        check(PeftConfig(match_all_linear=True, dim=3, use_dora=use_dora), Path(directory))
+        check(PeftConfig(match_all_linear=True, dim=3, use_dora=use_dora))
     dist.destroy_process_group()
 
 

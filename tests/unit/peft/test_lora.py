@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from nemo_automodel.components._peft.linear import LoRALinear
-from nemo_automodel.components._peft.lora import PeftConfig, load_adapter, reset_adapters
+from nemo_automodel.components._peft.lora import PeftConfig, reset_adapters
 from nemo_automodel.components._peft.match import name_matches, summarize
-from nemo_automodel.errors import AutoModelError, CheckpointError, ConfigError, ModelError
+from nemo_automodel.errors import ConfigError, ModelError
 from tests.builders import tiny_config
 
 
@@ -275,43 +275,6 @@ def test_layers_compile_into_one_graph():
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-6)
     compiled(x).sum().backward()
     assert model[0].lora_A.weight.grad.abs().sum() > 0
-
-
-# --- reading an adapter ---------------------------------------------------------------------------------------------
-
-
-def test_loading_a_wrong_adapter_names_what_is_wrong(tmp_path):
-    import json
-
-    from safetensors.torch import save_file
-
-    config, model = PeftConfig(target_modules=["q_proj"], dim=4), build()
-    config.apply(model)
-    tensors, description = config.adapter_state_dict(model), config.adapter_config(model, "base")
-
-    def write(tensors, description):
-        save_file(tensors, tmp_path / "adapter_model.safetensors")
-        (tmp_path / "adapter_config.json").write_text(json.dumps(description))
-
-    def refusal(model):
-        with pytest.raises(AutoModelError) as error:
-            load_adapter(model, tmp_path)
-        return str(error.value)
-
-    assert "cannot be read" in refusal(build())
-    write(tensors, description | {"peft_type": "IA3"})
-    assert "IA3" in refusal(build())
-    write(tensors, description | {"use_rslora": True, "bias": "all"})
-    assert "use_rslora, bias" in refusal(build())
-    write(dict(list(tensors.items())[1:]), description)
-    assert "1 tensors are missing" in refusal(model)
-    write(tensors, description | {"lora_alpha": 1})
-    assert "alpha/r = 1/4" in refusal(model)
-    write(tensors, description)
-    assert "matches no module" in refusal(build("gpt2"))
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"version https://git-lfs")
-    with pytest.raises(CheckpointError, match="damaged"):
-        load_adapter(model, tmp_path)
 
 
 def test_names_are_folded_over_layers():
