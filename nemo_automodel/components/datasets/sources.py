@@ -146,15 +146,22 @@ def _files(path: str, split: str) -> list[Path]:
     if place.is_dir():
         files = sorted(f for f in place.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
         if not files:
-            raise DataError(f"{path}: no data file in this directory (looked for {', '.join(SUFFIXES)})")
+            script = next(place.glob("*.py"), None)
+            hint = f"; {script.name} is a script, which is not run: use the dataset's parquet files" if script else ""
+            raise DataError(f"{path}: no data file in this directory (looked for {', '.join(SUFFIXES)}){hint}")
         return _of_split(files, place, split)
-    if place.is_file():
-        return [place]
-    found = [Path(f) for f in sorted(glob.glob(str(place), recursive=True)) if Path(f).is_file()]
+    found = [place] if place.is_file() else [Path(f) for f in sorted(glob.glob(str(place), recursive=True))]
+    found = [file for file in found if file.is_file()]
     if not found:
         what = "no file matches this pattern" if glob.has_magic(path) else "no such file or directory"
         raise DataError(f"{path}: {what} (relative to {Path.cwd()})")
-    return found
+    for file in found:
+        if file.suffix.lower() not in SUFFIXES:
+            packed = file.suffix.lower() in (".gz", ".zip", ".bz2", ".xz", ".zst", ".tar")
+            fix = "unpack it first" if packed else "rename or convert it"
+            raise DataError(f"{file}: not a kind of file that can be read ({', '.join(SUFFIXES)}); {fix}")
+    # A file named on its own is what is wanted, whatever it is called; another split than the default must be in it.
+    return found if split == "train" else _of_split(found, place.parent, split)
 
 
 def _of_split(files: list[Path], root: Path, split: str) -> list[Path]:

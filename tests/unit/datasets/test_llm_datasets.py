@@ -250,3 +250,11 @@ def test_lengths_are_plain_numbers(tmp_path) -> None:
     data = make_instruction_dataset(make_tokenizer(), qa(tmp_path / "a.jsonl"))
     assert list(data.lengths) == [len(data[i]["input_ids"]) for i in range(len(data))]
     assert isinstance(data.lengths, np.ndarray)
+
+
+def test_rows_with_an_empty_answer_are_dropped_and_counted(tmp_path):
+    rows = [{"question": "q", "answer": "" if i % 4 == 0 else "a"} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mapping = {"question": "question", "answer": "answer"}
+    data = make_instruction_dataset(make_tokenizer(), str(tmp_path / "rows.jsonl"), column_mapping=mapping)
+    assert (len(data), data.stats.dropped) == (6, 2)

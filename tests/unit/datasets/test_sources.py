@@ -214,3 +214,26 @@ def test_what_passes_by_itself_is_tried_again(monkeypatch) -> None:
         patiently(lambda: (_ for _ in ()).throw(http_error(503)), "x")
     with pytest.raises(Exception, match="404"):
         patiently(lambda: (_ for _ in ()).throw(http_error(404)), "x")
+
+
+def test_a_file_has_only_the_split_in_its_name(tmp_path):
+    rows = '{"text": "a"}\n'
+    (tmp_path / "data.jsonl").write_text(rows)
+    (tmp_path / "my_val.jsonl").write_text(rows)
+    assert len(open_source(str(tmp_path / "my_val.jsonl"))) == 1
+    assert len(open_source(str(tmp_path / "my_val.jsonl"), split="validation")) == 1
+    with pytest.raises(DataError, match=r"no split 'validation'; there is train: data\.jsonl"):
+        open_source(str(tmp_path / "data.jsonl"), split="validation")
+
+
+def test_other_kinds_of_files_are_named(tmp_path):
+    (tmp_path / "data.jsonl.gz").write_bytes(b"\x1f\x8b")
+    (tmp_path / "data.txt").write_text("{}")
+    with pytest.raises(DataError, match=r"data\.jsonl\.gz: not a kind .* unpack it first"):
+        open_source(str(tmp_path / "data.jsonl.gz"))
+    with pytest.raises(DataError, match=r"data\.txt: not a kind"):
+        open_source(str(tmp_path / "data.txt"))
+    (tmp_path / "scripted").mkdir()
+    (tmp_path / "scripted" / "scripted.py").write_text("")
+    with pytest.raises(DataError, match=r"scripted\.py is a script, which is not run: use the dataset's parquet"):
+        open_source(str(tmp_path / "scripted"))

@@ -77,6 +77,8 @@ class _Columns:
 
     def __call__(self, row: dict[str, Any], where: str) -> Rendered:
         texts = {role: field(row, self.mapping[role], where) for role in ROLES if role in self.mapping}
+        if not texts["answer"].strip():  # nothing to learn here, so dropped and counted
+            return Rendered("", ())
         prompt = self.separator.join(text for role, text in texts.items() if role != "answer" and text)
         if self._chat is not None:
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": texts["answer"]}]
