@@ -11,6 +11,7 @@ from typing import Any
 
 from nemo_automodel.config.checks import CONFLICTS, check_values
 from nemo_automodel.config.overrides import apply_override, parse_overrides
+from nemo_automodel.config.secrets import written_secrets
 from nemo_automodel.config.sections import RECIPES, Presence, Section
 from nemo_automodel.config.signatures import COMPUTED, REQUIRED
 from nemo_automodel.config.targets import TargetPolicy
@@ -158,7 +159,10 @@ class Config:
         return node.value if node is not None and isinstance(node.value, str) else None
 
     def resolved(self) -> dict[str, Any]:
-        """The whole recipe as plain data, with every default that is known: itself a recipe that runs the same."""
+        """The whole recipe as plain data, with every default that is known: itself a recipe that runs the same.
+
+        ``${VAR}`` stays as it was written, so that no secret leaves the environment.
+        """
         return {name: self._resolved_section(name) for name, call in self._calls.items() if call is not None}
 
     def raise_on_unread(self) -> None:
@@ -189,8 +193,9 @@ class Config:
             known = parameter.default is not REQUIRED and parameter.default is not COMPUTED
             known = known and key not in offered and key not in excluded
             if written or known:
-                found[key] = _as_yaml(call.value(key))
-        return found | {key: node.plain() for key, node in call.arguments.items() if key not in found}
+                node = call.arguments.get(key)
+                found[key] = _as_yaml(call.value(key) if node is None else node.as_written())
+        return found | {key: node.as_written() for key, node in call.arguments.items() if key not in found}
 
 
 def load(
@@ -219,7 +224,7 @@ def load(
     policy = TargetPolicy(allow_targets, Path(path).parent)
     validator = Validator(sections, policy, str(path))
     calls = validator.check(root)
-    problems = validator.problems or check_values(calls, str(path))
+    problems = list(written_secrets(root)) or validator.problems or check_values(calls, str(path))
     if problems:
         raise ConfigError("\n".join(sorted(problems, key=_line_of)))
     return Config(Path(path), sections, calls, policy)

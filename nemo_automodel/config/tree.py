@@ -46,6 +46,16 @@ class Where:
 COMMAND_LINE = Where("command line")
 
 
+class Reference(str):
+    """Text with ``${VAR}`` in it, as it was written: ``dump`` writes it back so.
+
+    Attributes:
+        quoted: Whether what it becomes is text whatever it looks like.
+    """
+
+    quoted = False
+
+
 @dataclass
 class Node:
     """One value of the tree.
@@ -53,14 +63,16 @@ class Node:
     Attributes:
         value: ``dict[str, Node]``, ``list[Node]`` or a plain scalar.
         where: Of its key; of the value itself for an item of a list.
-        text: A scalar as written, for messages.
+        text: A scalar as written, for messages: ``${VAR}``, never what the environment holds.
         trap: How YAML 1.1 reads an unquoted scalar otherwise, and what to write instead.
+        reference: A scalar as written, where ``${VAR}`` was filled in.
     """
 
     value: Any
     where: Where
     text: str = ""
     trap: str | None = None
+    reference: Reference | None = None
 
     @property
     def is_mapping(self) -> bool:
@@ -74,6 +86,14 @@ class Node:
         if isinstance(self.value, list):
             return [child.plain() for child in self.value]
         return self.value
+
+    def as_written(self) -> Any:
+        """The value as plain Python, but every ``${VAR}`` still to be filled in (a ``Reference``)."""
+        if isinstance(self.value, dict):
+            return {key: child.as_written() for key, child in self.value.items()}
+        if isinstance(self.value, list):
+            return [child.as_written() for child in self.value]
+        return self.value if self.reference is None else self.reference
 
     def shown(self) -> str:
         """The value in a message: as written, shortened."""
@@ -116,9 +136,8 @@ def parse_value(text: str, where: Where, path: str) -> Node:
 
 def plain_scalar(text: str, where: Where, path: str) -> Node:
     """An unquoted scalar: environment variables filled in, then its type found."""
-    text = interpolate(text, where, path)
-    value, trap = resolve_plain(text)
-    return Node(value, where, text, trap)
+    value, trap = resolve_plain(interpolate(text, where, path))
+    return Node(value, where, text, trap, _reference(text, quoted=False))
 
 
 def resolve_plain(text: str) -> tuple[Any, str | None]:
@@ -163,6 +182,14 @@ def interpolate(text: str, where: Where, path: str) -> str:
     return _ENV.sub(fill, text)
 
 
+def _reference(text: str, quoted: bool) -> Reference | None:
+    if not any(match[1] for match in _ENV.finditer(text)):
+        return None
+    found = Reference(text)
+    found.quoted = quoted
+    return found
+
+
 class _Dumper(yaml.SafeDumper):
     """Writes what ``load_yaml`` reads back as the same values."""
 
@@ -177,11 +204,18 @@ def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 
 
 def _represent_list(dumper: yaml.SafeDumper, items: list[Any]) -> yaml.Node:
-    nested = any(isinstance(item, dict | list) for item in items)
+    nested = any(isinstance(item, dict | list | Reference) for item in items)  # a flow would quote a ${VAR}
     return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=not nested)
 
 
 _Dumper.add_representer(str, _represent_str)
+
+
+def _represent_reference(dumper: yaml.SafeDumper, text: Reference) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", str(text), style='"' if text.quoted else None)
+
+
+_Dumper.add_representer(Reference, _represent_reference)
 _Dumper.add_representer(list, _represent_list)
 
 
@@ -253,7 +287,7 @@ class _Builder:
         assert isinstance(node, yaml.ScalarNode)
         if node.style in ("'", '"', "|", ">"):
             text = interpolate(node.value, where, path)
-            return Node(text, where, text)
+            return Node(text, where, node.value, None, _reference(node.value, quoted=True))
         return plain_scalar(node.value, where, path)
 
     def _mapping(self, node: yaml.MappingNode, path: str, depth: int) -> dict[str, Node]:

@@ -186,7 +186,7 @@ class Loggers:
             self._guard(extra, lambda tracker: tracker.log(values, metrics["step"]))
 
     def _open_tracker(self, extra: str, options: Mapping[str, Any], first_step: int) -> None:
-        resolved = self.config.resolved() if self.config is not None else {}
+        resolved = json.loads(json.dumps(self.config.resolved(), default=str)) if self.config is not None else {}
         try:
             self._trackers[extra] = TRACKERS[extra][1](options, self.output_dir, resolved, first_step)
         except Exception as error:  # whatever a tracker's server or client does, it is no reason not to train

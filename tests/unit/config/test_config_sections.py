@@ -1,5 +1,6 @@
 """What a loaded recipe gives the training script: values, calls, offered arguments, defaults, and what nothing read."""
 
+import json
 import textwrap
 
 import pytest
@@ -212,6 +213,59 @@ def test_resolved_is_a_recipe_with_the_same_meaning(recipe, tmp_path):
     assert first["optimizer"]["lr"] == 1e-4
     assert first["dataset"] == {"_target_": "parts.py:dataset", "rows": 3}
     assert "env" not in first["checkpoint"]
+
+
+SECRETS = """\
+model:
+  pretrained_model_name_or_path: a/b
+  token: ${HF_TOKEN}
+dataset:
+  _target_: parts.py:dataset
+  rows: ${ROWS:3}
+tokenizer:
+  pad_token: "${PAD}"
+dataloader:
+  _target_: parts.py:everything
+  workers: [1, "${HF_TOKEN}", "${ROWS:3}"]
+  quoted: "a $${PAD} b"
+"""
+
+
+def test_what_the_environment_holds_is_used_and_never_resolved(recipe, tmp_path, monkeypatch):
+    from nemo_automodel.config.tree import dump
+
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
+    monkeypatch.setenv("PAD", "12")
+    recipe()
+    (tmp_path / "r.yaml").write_text(SECRETS)
+    cfg = read(tmp_path / "r.yaml")
+    assert (cfg.model.token, cfg.dataset.rows, cfg.tokenizer.pad_token) == ("hf_verysecret", 3, "12")
+    printed = dump(cfg.resolved())
+    assert "hf_verysecret" not in printed + json.dumps(cfg.resolved())
+    (tmp_path / "again.yaml").write_text(printed)
+    again = read(tmp_path / "again.yaml")
+    assert again.resolved() == cfg.resolved()
+    for section, key in [("model", "token"), ("dataset", "rows"), ("tokenizer", "pad_token"), ("dataloader", "quoted")]:
+        assert getattr(getattr(again, section), key) == getattr(getattr(cfg, section), key)
+    assert again.dataloader.instantiate()["workers"] == [1, "hf_verysecret", "3"]
+    with pytest.raises(ConfigError, match=r"model\.tokn=\$\{HF_TOKEN\}: .*did you mean `token`"):
+        read(tmp_path / "r.yaml", "--model.tokn=${HF_TOKEN}")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("--model.token=hf_verysecret", r"model\.token: .*write \$\{HF_TOKEN\}"),
+        ("--dataloader.api_key=verysecret", r"dataloader\.api_key: .*write \$\{API_KEY\}"),
+        ("--dataloader.db={password: verysecret}", r"dataloader\.db\.password: .*write \$\{PASSWORD\}"),
+        ("--loggers.mlflow={tracking_uri: 'https://me:verysecret@host'}", r"tracking_uri: .*\$\{PASSWORD\}"),
+    ],
+)
+def test_a_secret_written_out_is_refused_and_not_repeated(recipe, override, says):
+    with pytest.raises(ConfigError, match=says) as caught:
+        read(recipe("rng:\n  _target_: parts.py:nonsense\n"), override)
+    assert "verysecret" not in str(caught.value)
+    assert read(recipe("tokenizer: {pad_token: <pad>, eos_token: '</s>', add_tokens: [a]}\n"))
 
 
 def test_a_recipe_of_ones_own_may_have_more_sections(recipe):
