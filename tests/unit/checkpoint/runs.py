@@ -38,6 +38,27 @@ class GlobalRNG:
         np.random.set_state(state["numpy"])
 
 
+class Average:
+    """An exponential moving average of the weights, as the guide has it, with a counter beside it."""
+
+    def __init__(self, params, decay=0.9):
+        self.params, self.decay, self.updates = list(params), decay, 0
+        self.average = [p.detach().clone() for p in self.params]
+
+    def update(self):
+        self.updates += 1
+        for average, p in zip(self.average, self.params, strict=True):
+            average.mul_(self.decay).add_(p.detach(), alpha=1 - self.decay)
+
+    def state_dict(self):
+        return {"average": self.average, "updates": self.updates}
+
+    def load_state_dict(self, state):
+        self.updates = state["updates"]
+        for average, saved in zip(self.average, state["average"], strict=True):
+            average.copy_(saved)
+
+
 def make_state(
     model_type: str = "llama",
     *,

@@ -1,8 +1,8 @@
 """Checkpoints of real FSDP2 ranks.
 
 Claims: (1) two ranks save one HF directory, bitwise what one process would have written, right after a validation pass
-too; (2) two ranks resume bit for bit; (3) weights and optimizer state are equal on another number of ranks, both ways;
-(4) an error on one rank is raised by all, and what was saved before is intact.
+too; (2) two ranks resume bit for bit; (3) weights, optimizer state and a recipe's own sharded state are equal on another
+number of ranks, both ways; (4) an error on one rank is raised by all, and what was saved before is intact.
 """
 
 import sys
@@ -22,7 +22,7 @@ from nemo_automodel.components.distributed.env import DistEnv
 from nemo_automodel.components.distributed.fsdp2 import FSDP2Manager
 from nemo_automodel.errors import CheckpointError
 from tests.ranks.launch import torchrun
-from tests.unit.checkpoint.runs import Schedule, logits, make_state, train
+from tests.unit.checkpoint.runs import Average, Schedule, logits, make_state, train
 
 TIED = {"tie_word_embeddings": True, "vocab_size": 385, "intermediate_size": 65}  # shards of unequal size
 
@@ -65,8 +65,10 @@ def two_ranks(root):
     env = DistEnv()
     state = sharded(env)
     checkpointer = Checkpointer(env, f"{root}/ckpt")
+    state.extra = {"ema": Average(state.model.parameters())}
     checkpointer.restore(state)
     train(state, 2)
+    state.extra["ema"].update()
     logits(state.model)  # leaves the root's parameters gathered, as a validation pass does
     checkpointer.save(state)
     saved = numbers(state)
@@ -75,7 +77,12 @@ def two_ranks(root):
     again = sharded(env, seed=9)
     again.fingerprint = state.fingerprint
     train(again, 1)
+    again.extra = {"ema": Average(again.model.parameters())}
     assert Checkpointer(env, f"{root}/ckpt", restore_from="latest").restore(again)
+    average = [whole(t) for t in again.extra["ema"].average]
+    assert all(torch.equal(a, whole(b)) for a, b in zip(average, state.extra["ema"].average, strict=True))
+    if env.is_main:
+        torch.save(average, f"{root}/average.pt")
     assert_equal(numbers(again), saved)
     assert train(again, 2) == expected
     if env.is_main:
@@ -120,8 +127,11 @@ def test_two_ranks_and_one_share_checkpoints(tmp_path):
 
     single = make_state(optimizer=optimizer, seed=4, **TIED)
     single.fingerprint = make_state(**TIED).fingerprint
+    single.extra = {"ema": Average(single.model.parameters())}
     assert Checkpointer(None, str(tmp_path / "ckpt"), restore_from="latest").restore(single)
     assert_equal(numbers(single), saved)
+    average = torch.load(tmp_path / "average.pt")
+    assert all(torch.equal(a, b) for a, b in zip(single.extra["ema"].average, average, strict=True))
     assert single.schedule.state_dict() == {**Schedule().state_dict(), "step": 2}
 
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "lora/epoch_0_step_2/model")

@@ -20,7 +20,7 @@ from nemo_automodel.components.checkpoint.ranks import Ranks
 from nemo_automodel.components.datasets import loader
 from nemo_automodel.components.datasets.loader import DataLoader
 from nemo_automodel.errors import CheckpointError
-from tests.unit.checkpoint.runs import logits, make_state, read_json, train
+from tests.unit.checkpoint.runs import Average, logits, make_state, read_json, train
 
 
 class OwnOptimizer(torch.optim.Optimizer):
@@ -369,27 +369,6 @@ def test_what_is_not_a_tensor_is_neither_written_nor_read(tmp_path):
 
 
 # --- a recipe's own state -------------------------------------------------------------------------------------------
-
-
-class Average:
-    """An exponential moving average of the weights, as the guide has it, with a counter beside it."""
-
-    def __init__(self, params, decay=0.9):
-        self.params, self.decay, self.updates = list(params), decay, 0
-        self.average = [p.detach().clone() for p in self.params]
-
-    def update(self):
-        self.updates += 1
-        for average, p in zip(self.average, self.params, strict=True):
-            average.mul_(self.decay).add_(p.detach(), alpha=1 - self.decay)
-
-    def state_dict(self):
-        return {"average": self.average, "updates": self.updates}
-
-    def load_state_dict(self, state):
-        self.updates = state["updates"]
-        for average, saved in zip(self.average, state["average"], strict=True):
-            average.copy_(saved)
 
 
 def test_extra_state_is_restored_exactly(tmp_path):
