@@ -64,8 +64,14 @@ class StepScheduler:
         """Count the steps of every epoch, packing included, so that the planned steps are those executed.
 
         Raises:
+            ConfigError: ``loader`` is not a ``types.Loader``.
             DataError: An epoch has no step.
         """
+        if not (hasattr(loader, "steps") and hasattr(loader, "steps_per_epoch")):
+            raise ConfigError(
+                f"dataloader._target_: a {type(loader).__name__} is not a nemo_automodel.types.Loader (no steps, "
+                "steps_per_epoch), which is what makes the order of the data resumable; leave _target_ out"
+            )
         while self.num_epochs is None or len(self._epoch_starts) <= self.num_epochs:
             if self.max_steps is not None and self._epoch_starts[-1] >= self.max_steps:
                 break

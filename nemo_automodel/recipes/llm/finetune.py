@@ -15,7 +15,7 @@ import torch
 
 from nemo_automodel._transformers.forward import forward_loss
 from nemo_automodel._transformers.inputs import to_device
-from nemo_automodel._transformers.loading import check_vocabulary
+from nemo_automodel._transformers.limits import check_data_fits
 from nemo_automodel.config import Config
 from nemo_automodel.errors import DataError
 from nemo_automodel.recipes.run import run_recipe
@@ -60,7 +60,7 @@ def main(cfg: Config) -> None:
     model = cfg.model.instantiate(
         peft=peft, distributed=dist, compile=cfg.compile.instantiate(), packed=packing.packed_sequence_size > 0
     )
-    check_vocabulary(model, tokenizer)
+    check_data_fits(model, tokenizer, dataset=train_data, validation_dataset=val_data)
     params = [p for p in model.parameters() if p.requires_grad]
 
     # --- optimisation -----------------------------------------------------------------------------------------
