@@ -18,6 +18,7 @@ from nemo_automodel.config.reference import help_text
 from nemo_automodel.config.suggest import did_you_mean
 from nemo_automodel.config.tree import dump
 from nemo_automodel.errors import EXIT_OK, AutoModelError, ConfigError
+from nemo_automodel.recipes.console import messages_shown, quiet_bars
 
 DOMAINS = ("llm", "vlm")
 EXIT_INTERRUPTED = 130
@@ -46,7 +47,9 @@ def run_recipe(domain: str, argv: Sequence[str], main: Callable[[Config], Any] |
     code = guarded(prepare, main_rank_only=True)
     if code != EXIT_OK or not config:
         return code
-    return guarded(lambda: (main or _own_main(domain))(config[0]))
+    quiet_bars()
+    with messages_shown():
+        return guarded(lambda: (main or _own_main(domain))(config[0]))
 
 
 def _prepare(domain: str, argv: Sequence[str]) -> list[Config]:

@@ -82,7 +82,7 @@ class Loggers:
 
         Args:
             model: The model as it will be trained.
-            loader: The training loader; its data-parallel size and its dataset's ``stats`` are read if it has them.
+            loader: The training loader; its data-parallel size is read if it has one.
             loss_fn: The training criterion.
         """
         self._ranks_per_batch = max(1, self.env.world_size // getattr(loader, "dp_size", self.env.world_size))
@@ -94,7 +94,7 @@ class Loggers:
                 self._open_tracker(extra, options, first_step)
             if self.progress is not False:
                 self._display = ProgressDisplay(self.schedule.total_steps, first_step, live=self.progress)
-            for line in describe_run(model, loader, loss_fn, self.env, self.schedule):
+            for line in describe_run(model, loss_fn, self.env, self.schedule):
                 self._display.print(line)
         self._start_time = self._clock = time.monotonic()
         self._clock_step = first_step
@@ -256,8 +256,8 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def describe_run(model: nn.Module, loader: Any, loss_fn: Any, env: Any, schedule: Any) -> list[str]:
-    """The lines printed once before the first step: model, loss, device, data and plan."""
+def describe_run(model: nn.Module, loss_fn: Any, env: Any, schedule: Any) -> list[str]:
+    """The lines printed once before the first step: model, loss, device and plan. Of the data the loader has spoken."""
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad})
@@ -267,11 +267,6 @@ def describe_run(model: nn.Module, loader: Any, loss_fn: Any, env: Any, schedule
         f"kernels   loss {type(loss_fn).__name__}" + (f", attention {attention}" if attention else ""),
         f"device    {device_name(env.device)}, {env.world_size} rank(s)",
     ]
-    stats = getattr(getattr(loader, "dataset", None), "stats", None)
-    if stats:
-        lines.append(f"data      {stats}")
-    if rows_dropped := getattr(loader, "rows_dropped", 0):
-        lines.append(f"          {rows_dropped:,} rows dropped: longer than a packed row")
     done = f", {schedule.step:,} done before" if schedule.step else ""
     return [*lines, f"plan      {schedule.total_steps:,} optimizer steps{done}"]
 

@@ -247,7 +247,7 @@ def test_what_the_environment_holds_is_used_and_never_resolved(recipe, tmp_path,
     assert again.resolved() == cfg.resolved()
     for section, key in [("model", "token"), ("dataset", "rows"), ("tokenizer", "pad_token"), ("dataloader", "quoted")]:
         assert getattr(getattr(again, section), key) == getattr(getattr(cfg, section), key)
-    assert again.dataloader.instantiate()["workers"] == [1, "hf_verysecret", "3"]
+    assert again.dataloader.instantiate(dataset=None)["workers"] == [1, "hf_verysecret", "3"]
     with pytest.raises(ConfigError, match=r"model\.tokn=\$\{HF_TOKEN\}: .*did you mean `token`"):
         read(tmp_path / "r.yaml", "--model.tokn=${HF_TOKEN}")
 
