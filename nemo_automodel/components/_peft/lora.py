@@ -162,13 +162,9 @@ class PeftConfig:
         return reason is None
 
     def _report(self, model: nn.Module, skipped: dict[str, str]) -> None:
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in model.parameters())
         layers = [name for name, _ in lora_layers(model)]
-        logger.info(
-            "LoRA: r=%d alpha=%s on %d linear layers; %s of %s parameters train (%.2f%%)",
-            self.dim, self.alpha, len(layers), f"{trainable:,}", f"{total:,}", 100 * trainable / total,
-        )  # fmt: skip
+        logger.info("LoRA: r=%d alpha=%s on %d linear layers", self.dim, self.alpha, len(layers))
         reasons: dict[str, list[str]] = {}
         for name, reason in skipped.items():
             reasons.setdefault(reason, []).append(name)
