@@ -42,6 +42,12 @@ class CheckpointError(AutoModelError):
     exit_code = EXIT_FAULT
 
 
+class IncompatibleCheckpointError(CheckpointError):
+    """A sound checkpoint of another run than the recipe describes; nothing was changed."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
 class MissingExtraError(AutoModelError):
     """An optional dependency is not installed; the message names the extra to install."""
 

@@ -89,6 +89,10 @@ def test_an_incompatible_change_is_refused_with_a_diff(tmp_path):
     for change, name in {"--step_scheduler.global_batch_size=4": "global_batch_size", "--rng.seed=1": "seed"}.items():
         with pytest.raises(CheckpointError, match=name):
             workspace.run(change, "--checkpoint.restore_from=latest")
+    longer = workspace.spawn("--step_scheduler.max_steps=18", "--checkpoint.restore_from=latest", check=False)
+    assert longer.returncode == 2
+    assert "step_scheduler.max_steps: 12 -> 18" in longer.stderr
+    assert "schedule.total_steps" not in longer.stderr, "one change is told once"
 
 
 def test_resume_reads_no_pickle_of_the_users(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ from nemo_automodel.components.checkpoint.publish import BEST, LATEST, Found
 from nemo_automodel.components.checkpoint.ranks import Ranks
 from nemo_automodel.components.checkpoint.resume import load_resume, read_state, write_resume
 from nemo_automodel.components.checkpoint.serving import serving_advice
-from nemo_automodel.errors import CheckpointError, ConfigError
+from nemo_automodel.errors import CheckpointError, ConfigError, IncompatibleCheckpointError
 from nemo_automodel.types import TrainState
 
 logger = logging.getLogger(__name__)
@@ -315,7 +315,7 @@ class Checkpointer:
         live = {**_plain(state.fingerprint), **self._surroundings(state)}
         forbidden, harmless = compare(saved, live)
         if forbidden:
-            raise CheckpointError(
+            raise IncompatibleCheckpointError(
                 f"{found.path} belongs to another run than this recipe describes (checkpoint -> this run):\n  "
                 + "\n  ".join(forbidden)
                 + "\nset these back to continue it; or, to start anew from its weights, remove checkpoint.restore_from and set "
