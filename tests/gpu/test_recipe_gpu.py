@@ -17,8 +17,13 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 KINDS = {
     "sft": ["--model.dtype=bfloat16"],
     "sft pure bf16": ["--model.dtype=bfloat16", "--model.master_dtype=bfloat16"],
-    "lora": ["--model.dtype=bfloat16", "--peft.match_all_linear=true"],
-    "lora triton": ["--model.dtype=bfloat16", "--peft.match_all_linear=true", "--peft.use_triton=true"],
+    "lora": ["--model.dtype=bfloat16", "--peft.match_all_linear=true", "--optimizer.lr=0.03"],
+    "lora triton": [
+        "--model.dtype=bfloat16",
+        "--peft.match_all_linear=true",
+        "--peft.use_triton=true",
+        "--optimizer.lr=0.03",
+    ],
     "packed": [
         "--model.dtype=bfloat16",
         "--packed_sequence.packed_sequence_size=128",
