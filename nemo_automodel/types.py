@@ -39,6 +39,7 @@ class Batch(TypedDict, total=False):
     num_label_tokens: int  # n, known without asking the device
     num_tokens: int  # tokens of the rows themselves: no padding, no filler
     attention_mask: torch.Tensor  # [B, S] int64, 1 = token; absent when packed or when no row is padded
+    right_padded: bool  # no row of attention_mask has padding before a token; ``to_device`` adds it
     position_ids: torch.Tensor  # [1, S] int64; packed only
     cu_seq_lens_q: torch.Tensor  # [D+1] int32; packed only
     cu_seq_lens_k: torch.Tensor  # the same tensor; packed only
@@ -72,7 +73,8 @@ class LossFunction(Protocol):
     """A loss over logits. Returns the SUM over label tokens; the recipe divides once by the global count.
 
     A loss with attribute ``takes_hidden_states = True`` is called with hidden states and the output head instead:
-    see ``FusedLinearCrossEntropy.__call__``.
+    see ``FusedLinearCrossEntropy.__call__``. Some models cannot be run that way (an adapted output head, logits changed
+    after it); for them it needs ``from_logits(logits, labels)``, shaped as ``__call__`` here.
     """
 
     def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

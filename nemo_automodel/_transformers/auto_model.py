@@ -15,8 +15,9 @@ from nemo_automodel._transformers import compat, loading
 from nemo_automodel._transformers.blocks import find_blocks
 from nemo_automodel._transformers.mixin import adopt
 from nemo_automodel._transformers.packing_trial import require_packing
+from nemo_automodel._transformers.window_trial import find_window
 from nemo_automodel.components.attention import function as attention_function
-from nemo_automodel.errors import ModelError
+from nemo_automodel.errors import ConfigError, ModelError
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +51,8 @@ class _NeMoAutoModel:
 
         Args:
             pretrained_model_name_or_path: a Hub model ID or a local directory.
-            dtype: what the model computes in: bfloat16, float16, float32, or auto (the checkpoint's own).
-                ``torch_dtype`` is understood too.
+            dtype: what the model computes in: bfloat16, float32, auto (the checkpoint's own), or float16 (not with
+                ``distributed``: without loss scaling its gradients vanish). ``torch_dtype`` is understood too.
             master_dtype: what trainable weights are kept in; used with ``distributed`` and without ``peft`` only.
             attn_implementation: None is ours where the model allows it; else a name that transformers knows.
             revision: branch, tag or commit on the Hub.
@@ -68,12 +69,15 @@ class _NeMoAutoModel:
 
         Raises:
             ModelError: the model cannot be found, read or trained as asked; the message says what to do.
+            ConfigError: it would be trained in float16.
         """
-        compute, stored = _dtypes(kwargs.pop("torch_dtype", None) or dtype, master_dtype, distributed, peft)
+        dtype = kwargs.pop("torch_dtype", None) or dtype
+        compute, stored = _dtypes(dtype, master_dtype, distributed, peft)
         source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         name = str(pretrained_model_name_or_path)
         config = loading.load_config(name, **source, **kwargs)
         compute = compute or loading.own_dtype(config) or torch.float32
+        _require_range(dtype, compute, distributed)
         model = loading.load_weights(
             cls._auto_class,
             name,
@@ -122,11 +126,14 @@ class _NeMoAutoModel:
 
         Raises:
             ModelError: the config is not one of a model of this kind.
+            ConfigError: it would be trained in float16.
         """
-        compute, stored = _dtypes(kwargs.pop("torch_dtype", None) or dtype, master_dtype, distributed, peft)
+        dtype = kwargs.pop("torch_dtype", None) or dtype
+        compute, stored = _dtypes(dtype, master_dtype, distributed, peft)
         source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         built = loading.build_config(config, **source, **kwargs)
         compute = compute or loading.own_dtype(built) or torch.float32
+        _require_range(dtype, compute, distributed)
         model = loading.initialize(
             cls._auto_class,
             built,
@@ -162,10 +169,12 @@ def _assemble(
 ) -> Any:
     model = adopt(model)
     _choose_attention(model, attn_implementation)
+    find_window(model)
     if packed:
         require_packing(model)
     if peft is not None:
         peft.apply(model)
+        model.__dict__["_automodel_peft"] = peft  # save_pretrained describes the adapter by it
     blocks = find_blocks(model)
     if compile is not None:
         compile.apply(blocks, next(model.parameters()).device)
@@ -200,6 +209,16 @@ def _dtypes(
     compute = None if dtype == "auto" else loading.parse_dtype("dtype", dtype)
     master = loading.parse_dtype("master_dtype", master_dtype)
     return compute, master if distributed is not None and peft is None else None
+
+
+def _require_range(dtype: str | torch.dtype, compute: torch.dtype, distributed: Any) -> None:
+    """Raise ConfigError where training would compute in float16: its small gradients are 0 without loss scaling."""
+    if distributed is not None and compute == torch.float16:
+        found = " (the checkpoint's own is float16)" if dtype == "auto" else ""
+        raise ConfigError(
+            f"model.dtype={str(dtype).removeprefix('torch.')}: float16 has too little range to train in: most "
+            f"gradients become 0{found}; write bfloat16 (or float32)"
+        )
 
 
 def _device(distributed: Any) -> torch.device:

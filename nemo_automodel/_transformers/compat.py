@@ -44,16 +44,11 @@ def calls_loss_function(model_class: type) -> bool:
         return False
 
 
-def passes_window(model: nn.Module) -> bool:
-    """Whether sliding windows reach the attention function as an argument, and mean what they say.
-
-    Models written for flash attention pass it; chunked attention is masked otherwise.
-    """
+def window_size(model: nn.Module) -> int | None:
+    """The sliding window that the config names, None where it names none or attention is cut into chunks instead."""
     config = getattr(model, "config", None)
     text = config.get_text_config() if isinstance(config, PretrainedConfig) else None
-    if text is None or chunk_size(model) is not None:
-        return False
-    return bool(getattr(model, "_supports_flash_attn", False))
+    return None if text is None or chunk_size(model) is not None else getattr(text, "sliding_window", None)
 
 
 def chunk_size(model: nn.Module) -> int | None:

@@ -19,13 +19,16 @@ from torch.nn import functional as F
 
 from nemo_automodel._transformers import compat
 from nemo_automodel._transformers.head import HeadTap, LogitTransform, head_of, infer_transform, is_whole, probe_logits
+from nemo_automodel._transformers.inputs import is_right_padded
 from nemo_automodel._transformers.packing import PASSES_DOCUMENTS, refuse_packing
+from nemo_automodel._transformers.window_trial import passes_window
 from nemo_automodel.components.attention.layout import Layout, announce
+from nemo_automodel.errors import ConfigError
 from nemo_automodel.types import IGNORE_INDEX, Batch, LossFunction
 
 logger = logging.getLogger(__name__)
 
-_NOT_FOR_THE_MODEL = ("labels", "label_indices", "num_label_tokens", "num_tokens", "sample_ids")
+_NOT_FOR_THE_MODEL = ("labels", "label_indices", "num_label_tokens", "num_tokens", "sample_ids", "right_padded")
 
 
 @dataclass
@@ -35,6 +38,7 @@ class LossRequest:
     loss_fn: Any
     labels: Tensor  # [B, S] pre-shifted
     label_indices: Tensor | None = None
+    right_padded: bool | None = None  # None: not known
     result: Tensor | None = field(default=None, repr=False)
     fused: bool = False  # whether the result came without logits
 
@@ -44,9 +48,10 @@ def forward_loss(model: nn.Module, batch: Batch, loss_fn: LossFunction) -> tuple
 
     Returns ``ce_sum``, the sum of the loss over the batch's label tokens, and ``aux``, what the model's own forward
     would have added to its loss (router balance, times its coefficient), 0 for most models. Both are fp32 scalars.
+    Raises ConfigError for a loss over hidden states without ``from_logits`` where the model's head cannot be fused.
     """
     inputs = {k: v for k, v in batch.items() if k not in _NOT_FOR_THE_MODEL}
-    request = LossRequest(loss_fn, batch["labels"], batch.get("label_indices"))
+    request = LossRequest(loss_fn, batch["labels"], batch.get("label_indices"), batch.get("right_padded"))
     inner = getattr(model, "module", model)
     if hasattr(type(inner), "automodel_base"):
         return model(**inputs, loss_request=request)
@@ -73,7 +78,7 @@ def run_with_request(
 ) -> tuple[Tensor, Tensor]:
     """The ``(ce_sum, aux)`` of ``forward_loss``; runs inside the model's call, where sharded weights are whole."""
     inputs = dict(inputs)
-    layout = _prepare_packed(model, inputs) or _prepare_padded(model, inputs)
+    layout = _prepare_packed(model, inputs) or _prepare_padded(model, inputs, request.right_padded)
     inputs["use_cache"] = False
     inputs = _accepted(base_forward, inputs)
     with announce(layout):
@@ -129,7 +134,7 @@ def _forward_with_loss(
             return outputs
 
     def from_logits(logits: Tensor) -> Tensor:
-        request.result = _loss_of_logits(request, logits)
+        request.result = _loss_of_logits(request, logits, state)
         return reported(request.result)
 
     return _with_loss_function(base_forward, model, args, inputs, labels, from_logits)
@@ -243,12 +248,18 @@ def _router_loss(model: nn.Module, outputs: Any) -> Tensor | float:
     return getattr(text, "router_aux_loss_coef", getattr(text, "aux_loss_coef", 0.0)) * aux
 
 
-def _loss_of_logits(request: LossRequest, logits: Tensor) -> Tensor:
-    labels = request.labels
-    if not getattr(request.loss_fn, "takes_hidden_states", False):
-        return request.loss_fn(logits, labels)
-    logits = logits.float().reshape(-1, logits.shape[-1])
-    return F.cross_entropy(logits, labels.reshape(-1), ignore_index=IGNORE_INDEX, reduction="sum")
+def _loss_of_logits(request: LossRequest, logits: Tensor, state: _HeadState) -> Tensor:
+    loss_fn = request.loss_fn
+    if not getattr(loss_fn, "takes_hidden_states", False):
+        return loss_fn(logits, request.labels)
+    from_logits = getattr(loss_fn, "from_logits", None)
+    if from_logits is None:
+        name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+        raise ConfigError(
+            f"loss_fn: {name} takes hidden states, but this model gives it whole logits, because {state.reason}; give "
+            f"{name} a method from_logits(logits, labels) that returns the same sum"
+        )
+    return from_logits(logits, request.labels)
 
 
 def _zero(ce_sum: Tensor) -> Tensor:
@@ -268,20 +279,25 @@ def _prepare_packed(model: nn.Module, inputs: dict[str, Any]) -> Layout | None:
     positions = inputs.get("position_ids")
     if inputs.get("attention_mask") is None and positions is not None:
         inputs["attention_mask"] = torch.ones_like(positions)
-    return Layout(cu_seqlens, compat.passes_window(model), documents_as_argument=model.__dict__[PASSES_DOCUMENTS])
+    return Layout(cu_seqlens, passes_window(model), documents_as_argument=model.__dict__[PASSES_DOCUMENTS])
 
 
-def _prepare_padded(model: nn.Module, inputs: dict[str, Any]) -> Layout | None:
+def _prepare_padded(model: nn.Module, inputs: dict[str, Any], right_padded: bool | None) -> Layout | None:
     """The layout of right-padded rows: causal attention of real tokens needs no mask, so none is built.
 
-    The 2D mask itself stays (routers' balance leaves padding out by it).
+    The 2D mask itself stays (routers' balance leaves padding out by it). A mask on the device is not looked at: rows
+    not known to be right padded get the real mask.
     """
     mask = inputs.get("attention_mask")
     if compat.attention_name(model) != "automodel" or (mask is not None and mask.ndim != 2):
         return None
+    if mask is not None and right_padded is None:
+        right_padded = mask.device.type == "cpu" and is_right_padded(mask)
+    if mask is not None and not right_padded:
+        return None
     if mask is None and "input_ids" in inputs:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    return Layout(None, compat.passes_window(model))
+    return Layout(None, passes_window(model))
 
 
 def _accepted(base_forward: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Any]:

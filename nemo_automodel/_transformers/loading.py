@@ -225,7 +225,13 @@ def _require_complete(name: str, info: Mapping[str, Any]) -> None:
         )
     if errors := info.get("error_msgs"):
         raise ModelError(f"model {name}: {_one_line(errors[0])}")
-    if unexpected := sorted(info.get("unexpected_keys") or ()):
+    unexpected = sorted(info.get("unexpected_keys") or ())
+    if adapters := [key for key in unexpected if ".lora_" in key]:
+        raise ModelError(
+            f"model {name}: {len(adapters)} of its tensors belong to a LoRA adapter ({adapters[0]}, ...), which loading "
+            f"it would drop; name the base model, and load the adapter with PEFT or merge it (automodel merge)"
+        )
+    if unexpected:
         logger.warning(
             "model %s: %d tensors of the checkpoint are not part of the model and stay unused (%s%s)",
             name,

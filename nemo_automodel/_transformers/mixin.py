@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from nemo_automodel._transformers import forward as forward_module
+from nemo_automodel.components._peft.linear import lora_layers
+from nemo_automodel.components.checkpoint.adapters import write_adapter
 from nemo_automodel.errors import ModelError
 
 DEFAULT_NEW_TOKENS = 64
@@ -45,9 +48,42 @@ class AutoModelMixin:
         ids = base(self, encoded["input_ids"], *args, attention_mask=encoded["attention_mask"], **kwargs)
         return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers' ``save_pretrained``; a model with LoRA adapters writes those, as a PEFT adapter directory.
+
+        Where the model is sharded, every rank calls it. ``is_main_process=False`` takes part and writes nothing.
+        With ``state_dict=peft.merged_state_dict(model)`` the whole model is written, adapters merged.
+        Raises ModelError: the adapter cannot be described, or an argument is not one for an adapter.
+        """
+        assert isinstance(self, PreTrainedModel)
+        given = args[1] if len(args) > 1 else kwargs.get("state_dict")
+        merged = given is not None and not any(".lora_" in name for name in given)
+        if merged or not any(True for _ in lora_layers(self)):
+            return self.automodel_base.save_pretrained(self, save_directory, *args, **kwargs)  # type: ignore[attr-defined]
+        is_main = args[0] if args else kwargs.get("is_main_process", True)
+        if kwargs.get("push_to_hub") or any(args[2:3]):
+            raise ModelError(
+                "save_pretrained of a LoRA adapter: push_to_hub is not for adapters; write hf upload after it"
+            )
+        return _save_adapter(self, Path(save_directory), bool(is_main))
+
     def __reduce__(self) -> tuple[Any, ...]:
         # By name, pickle would find the transformers class and refuse: it is not this one.
         return _rebuild, (self.automodel_base,), self.__dict__
+
+
+def _save_adapter(model: PreTrainedModel, directory: Path, is_main: bool) -> None:
+    peft = model.__dict__.get("_automodel_peft")
+    if peft is None:
+        raise ModelError(
+            "save_pretrained: the model's LoRA adapters did not come from from_pretrained(..., peft=...), so how they "
+            "are scaled is not known; set model._automodel_peft to their PeftConfig first"
+        )
+    weights = peft.adapter_state_dict(model)
+    if is_main:
+        revision = model.__dict__.get("_automodel_source", {}).get("revision")
+        config = peft.adapter_config(model, model.name_or_path, revision)
+        write_adapter(directory, {name: t.detach().cpu() for name, t in weights.items()}, config, None, model.config)
 
 
 def adopt(model: PreTrainedModel) -> PreTrainedModel:

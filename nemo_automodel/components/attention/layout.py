@@ -20,7 +20,7 @@ class Layout:
 
     cu_seqlens: Tensor | None = None
     """[D+1] int32 boundaries of the packed documents; None: one document a row."""
-    windows_as_argument: bool = True
+    windows_as_argument: bool = False
     """The model hands ``sliding_window`` to its attention function, so that a mask need not say it."""
     documents_as_argument: bool = True
     """The model hands ``cu_seq_lens_q`` on to its attention function; else the mask says where documents end."""

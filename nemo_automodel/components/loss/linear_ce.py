@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
 from nemo_automodel.errors import ConfigError
 from nemo_automodel.kernels.linear_ce import LinearCrossEntropyOptions, linear_cross_entropy
 from nemo_automodel.types import IGNORE_INDEX
@@ -67,3 +68,7 @@ class FusedLinearCrossEntropy:
         with torch.autocast(device, enabled=False):
             hidden = hidden_states.reshape(-1, hidden_states.shape[-1]).to(dtype)
             return linear_cross_entropy(hidden, weight.to(dtype), bias, labels.reshape(-1), label_indices, options)
+
+    def from_logits(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The same sum from ``logits`` [..., V] and ``labels`` [...], for a model that does not let its head be fused."""
+        return MaskedCrossEntropy(self.ignore_index)(logits, labels)

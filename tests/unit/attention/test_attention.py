@@ -141,11 +141,13 @@ def test_no_mask_is_made_for_an_announced_batch() -> None:
     assert ask_mask(attention_mask=padded) is not None
     with announce(Layout()):
         assert ask_mask(attention_mask=padded) is None
-        assert ask_mask(attention_mask=padded, local_size=3) is None
+        assert ask_mask(attention_mask=padded, local_size=3) is not None  # nobody said that windows are arguments
         # an overlay of the model's own, e.g. image tokens that see each other, needs its mask, padding in it
         mask = ask_mask(attention_mask=padded, allow_is_causal_skip=False)
         assert mask is not None
         assert torch.equal(mask[0, 0], causal(8) & padded)
+    with announce(Layout(windows_as_argument=True)):
+        assert ask_mask(attention_mask=padded, local_size=3) is None
     with announce(None):
         assert current_layout() is None
 
