@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from nemo_automodel import NeMoAutoModelForCausalLM, NeMoAutoModelForImageTextToText
 from nemo_automodel._transformers.blocks import find_blocks
 from nemo_automodel._transformers.loading import check_vocabulary
 from nemo_automodel.components._peft.lora import PeftConfig
-from nemo_automodel.errors import ModelError
+from nemo_automodel.errors import ConfigError, ModelError
 from tests.builders import make_tokenizer, tiny_config
 from tests.unit.model.models import documents, pair
 
@@ -190,6 +192,60 @@ def test_a_loop_of_ones_own_has_attention_lora_and_fused_loss(checkpoint: Path) 
     assert losses[-1] < losses[0] - 0.05
     plain = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     assert losses[0] == pytest.approx(plain(ids, labels=ids).loss.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("arguments", [{"dtype": "float16"}, {"torch_dtype": "fp16"}, {"dtype": "auto"}])
+def test_float16_is_not_trained_in(checkpoint: Path, tmp_path: Path, arguments: dict[str, Any]) -> None:
+    LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float16).save_pretrained(tmp_path)
+    name = next(iter(arguments.values()))
+    with pytest.raises(ConfigError, match=rf"^model\.dtype={name}: .*write bfloat16"):
+        NeMoAutoModelForCausalLM.from_pretrained(str(tmp_path), distributed=OneDevice(), **arguments)
+    assert NeMoAutoModelForCausalLM.from_pretrained(str(tmp_path), **arguments).dtype == torch.float16
+    with pytest.raises(ConfigError, match=r"^model\.dtype=float16"):
+        NeMoAutoModelForCausalLM.from_config(tiny_config("llama"), dtype="float16", distributed=OneDevice())
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}])
+def test_save_pretrained_of_an_adapted_model_is_a_peft_adapter(
+    checkpoint: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    peft = PeftConfig(match_all_linear=True, dim=4, alpha=7, **options)
+    model = NeMoAutoModelForCausalLM.from_pretrained(str(checkpoint), dtype="float32", peft=peft).eval()
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    ids = documents(12)[0]
+    logits = model(ids).logits
+    model.save_pretrained(tmp_path / "unwritten", is_main_process=False)
+    assert not (tmp_path / "unwritten").exists()
+    model.save_pretrained(tmp_path / "adapter")
+    written = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert written >= {"adapter_model.safetensors", "adapter_config.json"}
+    assert "model.safetensors" not in written
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(checkpoint)
+
+    base = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    again = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    torch.testing.assert_close(again(ids).logits, logits, rtol=1e-5, atol=1e-5)
+
+    model.save_pretrained(tmp_path / "merged", state_dict=peft.merged_state_dict(model))
+    merged, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"] | info["unexpected_keys"]
+    torch.testing.assert_close(merged(ids).logits, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_that_cannot_be_described_is_not_saved(checkpoint: Path, tmp_path: Path) -> None:
+    model = NeMoAutoModelForCausalLM.from_pretrained(str(checkpoint))
+    PeftConfig(match_all_linear=True).apply(model)
+    with pytest.raises(ModelError, match="_automodel_peft"):
+        model.save_pretrained(tmp_path)
+    model._automodel_peft = PeftConfig(match_all_linear=True)
+    with pytest.raises(ModelError, match="push_to_hub"):
+        model.save_pretrained(tmp_path, push_to_hub=True)
 
 
 def test_attention_is_the_users_to_choose(checkpoint: Path) -> None:

@@ -45,11 +45,12 @@ def test_loss_function_is_the_hook() -> None:
 
 
 def test_windows_and_chunks() -> None:
-    assert compat.passes_window(build("gemma3_text"))
+    assert compat.window_size(build("gemma3_text")) == 16
+    assert compat.window_size(build("llama")) is None
     assert compat.chunk_size(build("gemma3_text")) is None
     chunked = build("llama4_text", attention_chunk_size=16, num_local_experts=2, intermediate_size_mlp=64)
     assert compat.chunk_size(chunked) == 16
-    assert not compat.passes_window(chunked)
+    assert compat.window_size(chunked) is None
 
 
 def test_model_class() -> None:

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from nemo_automodel import NeMoAutoModelForCausalLM
 from nemo_automodel._transformers.forward import forward_loss
 from nemo_automodel._transformers.head import LogitTransform, infer_transform, probe_logits
-from nemo_automodel._transformers.inputs import to_device
+from nemo_automodel._transformers.inputs import is_right_padded, to_device
 from nemo_automodel.components.loss.linear_ce import FusedLinearCrossEntropy
 from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
+from nemo_automodel.errors import ConfigError
 from tests.builders import tiny_config
 from tests.unit.model.models import FAMILIES, documents, gradients, padded_inputs, pair, shifted, with_labels
 
@@ -193,6 +194,76 @@ def test_a_model_that_rewrites_its_logits_falls_back(
         for _ in range(2):
             torch.testing.assert_close(ours(ids, labels=ids).loss, plain(ids, labels=ids).loss)
     assert [r.message for r in caplog.records if "scale and a soft-cap" in r.message]
+
+
+class Doubled:
+    """A user's loss over hidden states, twice the cross-entropy."""
+
+    takes_hidden_states = True
+
+    def __call__(self, hidden: Any, labels: Any, weight: Any, bias: Any = None, **options: Any) -> torch.Tensor:
+        return self.of(F.linear(hidden, weight, bias), labels)
+
+    @staticmethod
+    def of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return 2 * F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="sum")
+
+
+class DoubledFromLogits(Doubled):
+    def from_logits(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.of(logits, labels)
+
+
+def test_a_users_fused_loss_is_never_replaced() -> None:
+    ours, plain = pair("llama")
+    ids = documents(20)[0]
+    labels, pre_shifted = shifted(ids)
+    batch = with_labels({"input_ids": ids}, pre_shifted)
+    expected = 2 * plain(ids, labels=labels).loss * (pre_shifted != -100).sum()
+    torch.testing.assert_close(forward_loss(ours, batch, Doubled())[0], expected, rtol=1e-5, atol=1e-4)
+
+    for model in (ours, plain):
+        model.set_output_embeddings(BiasedLogits(model.get_output_embeddings()))
+    expected = 2 * plain(ids, labels=labels).loss * (pre_shifted != -100).sum()
+    torch.testing.assert_close(forward_loss(ours, batch, DoubledFromLogits())[0], expected, rtol=1e-5, atol=1e-4)
+    with pytest.raises(ConfigError, match=r"loss_fn: Doubled .* not a plain linear layer; .*from_logits"):
+        forward_loss(ours, batch, Doubled())
+
+
+def test_the_fused_loss_ignores_the_same_labels_without_fusing() -> None:
+    logits, labels = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=3, reduction="sum")
+    torch.testing.assert_close(FusedLinearCrossEntropy(ignore_index=3).from_logits(logits, labels), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("moved", [True, False])
+def test_left_padding_is_masked(family: str, moved: bool) -> None:
+    ours, plain = pair(family)
+    inputs = padded_inputs(documents(40, 21), left=True)
+    first = inputs["attention_mask"].cumsum(1) <= 1  # padding and the first token: nothing real to predict it from
+    labels, pre_shifted = shifted(inputs["input_ids"], (~first).long())
+    batch = with_labels(inputs, pre_shifted)
+    if moved:
+        batch = to_device(batch, torch.device("cpu"))
+        assert batch["right_padded"] is False
+    ce_sum, _ = forward_loss(ours, batch, LOSSES["fused"])
+    expected = plain(**inputs, labels=labels).loss * (pre_shifted != -100).sum()
+    torch.testing.assert_close(ce_sum, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_right_padding_is_known_before_the_batch_moves() -> None:
+    """On the device nobody looks: what is not known to be right padded gets a mask."""
+    batch = with_labels(padded_inputs(documents(9, 5)), torch.zeros(2, 9, dtype=torch.int64))
+    assert to_device(batch, torch.device("meta"))["right_padded"] is True
+    assert "right_padded" not in to_device({"input_ids": batch["input_ids"]}, torch.device("cpu"))
+    for rows, expected in (
+        ([[1, 1, 0], [1, 1, 1]], True),
+        ([[1, 0, 1]], False),
+        ([[0, 1, 1]], False),
+        ([[0, 0]], True),
+    ):
+        assert is_right_padded(torch.tensor(rows)) is expected
 
 
 def test_keys_that_a_forward_does_not_take_are_left_out() -> None:

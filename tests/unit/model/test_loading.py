@@ -165,6 +165,14 @@ def test_a_bad_index_is_named(damage: Callable[[Path], None], part: str, tmp_pat
     assert part in str(error.value)
 
 
+def test_an_adapter_among_the_weights_is_not_dropped(tmp_path: Path) -> None:
+    write(tmp_path, sharded=False)
+    name = "model.layers.0.self_attn.q_proj.lora_A.weight"
+    edit(tmp_path, lambda tensors: tensors.update({name: torch.ones(2, 2)}))
+    with pytest.raises(ModelError, match=r"LoRA adapter.*lora_A.*name the base model"):
+        NeMoAutoModelForCausalLM.from_pretrained(str(tmp_path))
+
+
 def test_a_tensor_too_many_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path, sharded=False)
     edit(tmp_path, lambda tensors: tensors.update({"model.extra.weight": torch.ones(2)}))
