@@ -37,7 +37,7 @@ def test_trains_saves_and_reloads(tmp_path, kind):
     workspace = make_workspace(tmp_path, hidden_size=64, intermediate_size=128, head_dim=16)
     workspace.spawn(*KINDS[kind], "--step_scheduler.max_steps=40")
     losses = [line["loss"] for line in workspace.metrics()]
-    assert sum(losses[-5:]) < 0.97 * sum(losses[:5])
+    assert sum(losses[-5:]) < 0.985 * sum(losses[:5])
     saved = next((tmp_path / "out").glob("epoch_*_step_40")) / "model"
     if "lora" in kind:
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(workspace.model_dir), saved)
