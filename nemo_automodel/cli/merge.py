@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from nemo_automodel.errors import CheckpointError, ConfigError, ModelError
+from nemo_automodel.hub import explain, patiently
 
 _CONFIG = "adapter_config.json"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -78,16 +79,13 @@ def _load_base(name: str, revision: str | None, dtype: str) -> Any:
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(name, revision=revision)
+        config = patiently(lambda: transformers.AutoConfig.from_pretrained(name, revision=revision), name)
         declared = (getattr(config, "architectures", None) or ["AutoModelForCausalLM"])[0]
         model_class: Any = getattr(transformers, declared, transformers.AutoModelForCausalLM)
-        model, info = model_class.from_pretrained(name, revision=revision, dtype=dtype, output_loading_info=True)
+        options = {"revision": revision, "dtype": dtype, "output_loading_info": True}
+        model, info = patiently(lambda: model_class.from_pretrained(name, **options), name)
     except (OSError, ValueError) as error:
-        lines = str(error).strip().splitlines()
-        reason = lines[0] if lines else type(error).__name__
-        raise ModelError(
-            f"the base model {name} cannot be loaded ({reason}); pass where it is: --base MODEL"
-        ) from error
+        raise ModelError(f"{explain(error, 'model', name, revision)}; or pass where it is: --base MODEL") from error
     if info["missing_keys"]:
         raise ModelError(
             f"the base model {name} lacks tensors: {', '.join(sorted(info['missing_keys'])[:5])}; get it whole"

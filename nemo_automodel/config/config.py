@@ -17,7 +17,7 @@ from nemo_automodel.config.signatures import COMPUTED, REQUIRED
 from nemo_automodel.config.targets import TargetPolicy
 from nemo_automodel.config.tree import Node, load_yaml
 from nemo_automodel.config.validate import Call, Validator, takes_anything
-from nemo_automodel.errors import ConfigError
+from nemo_automodel.errors import ConfigError, DataError, ModelError
 
 _KEY_FIRST = re.compile(r"([A-Za-z_]\w*(?:\.\w+)+)(?==|:)")
 _OWN_FRAMES = 3
@@ -61,6 +61,7 @@ class SectionConfig:
 
         Raises:
             ConfigError: The target refuses its arguments.
+            DataError, ModelError: What the target raised, with the place in the recipe in front.
         """
         call = self._call
         if call is None:
@@ -108,6 +109,10 @@ class SectionConfig:
             return target(**arguments)
         except ConfigError as error:
             raise self._located(error) from error
+        except (DataError, ModelError) as error:
+            if not str(where):  # a section that the recipe leaves to its default
+                raise
+            raise type(error)(f"{where} {path}: {error}") from error
         except (TypeError, ValueError) as error:
             frames = traceback.extract_tb(error.__traceback__)[1:]
             if len(frames) > _OWN_FRAMES:

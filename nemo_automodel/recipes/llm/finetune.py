@@ -87,8 +87,8 @@ def main(cfg: Config) -> None:
         for i, batch in enumerate(batches):
             dist.sync_gradients(model, last_micro_batch=i == len(batches) - 1)
             ce_sum, aux = forward_loss(model, to_device(batch, dist.device), loss_fn)
-            aux = aux / num_micro_batches if batch["num_label_tokens"] else 0.0  # the mean over what is trained on
-            (ce_sum / num_label_tokens + aux).backward()
+            share = (batch["num_label_tokens"] > 0) / num_micro_batches  # of auxiliary losses: their mean
+            (ce_sum / num_label_tokens + aux * share).backward()
             loss_sum += ce_sum.detach()
 
         grad_norm = clip_gradients(params)
