@@ -143,6 +143,9 @@ class _NeMoAutoModel:
             trust_remote_code=trust_remote_code,
         )
         model.export_dtype = compute  # type: ignore[assignment]
+        model.config.name_or_path = (
+            ""  # fresh weights are nobody's: an adapter must not name the config's home as its base
+        )
         return _assemble(model, compute, attn_implementation, peft, distributed, compile, packed)
 
 

@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -138,7 +139,7 @@ def load_weights(
         raise
     except Exception as error:
         raise _explain_config(error, name, revision, auto_class, config) from error
-    _require_complete(name, info)
+    _require_complete(name, info, model)
     _require_finite(name, model)
     return model if direct else model.to(device)
 
@@ -209,7 +210,7 @@ def _check_fields(config: PretrainedConfig, fields: Mapping[str, Any]) -> None:
             raise ModelError(f"model.config.{key}: {type(config).__name__} has no such field{_nearest(key, names)}")
 
 
-def _require_complete(name: str, info: Mapping[str, Any]) -> None:
+def _require_complete(name: str, info: Mapping[str, Any], model: PreTrainedModel) -> None:
     if mismatched := sorted(info.get("mismatched_keys") or ()):
         key, found, wanted = mismatched[0]
         more = f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else ""
@@ -231,6 +232,11 @@ def _require_complete(name: str, info: Mapping[str, Any]) -> None:
             f"model {name}: {len(adapters)} of its tensors belong to a LoRA adapter ({adapters[0]}, ...), which loading "
             f"it would drop; name the base model, and load the adapter with PEFT or merge it (automodel merge)"
         )
+    if further := _further_blocks(unexpected, model):
+        raise ModelError(
+            f"model {name}: the checkpoint has more blocks than config.json says ({further[0]}, ...: {len(further)} "
+            f"tensors); correct the number of layers in config.json, or use the checkpoint it belongs to"
+        )
     if unexpected:
         logger.warning(
             "model %s: %d tensors of the checkpoint are not part of the model and stay unused (%s%s)",
@@ -239,6 +245,14 @@ def _require_complete(name: str, info: Mapping[str, Any]) -> None:
             ", ".join(unexpected[:5]),
             ", ..." if len(unexpected) > 5 else "",
         )
+
+
+def _further_blocks(unexpected: list[str], model: PreTrainedModel) -> list[str]:
+    """Unexpected tensors that have the name of the model's own but for the number of the block."""
+    if getattr(model.config.get_text_config(), "num_nextn_predict_layers", 0):
+        return []  # multi-token prediction: published as further blocks, which transformers does not build
+    own = {re.sub(r"\.\d+\.", ".*.", key) for key in model.state_dict() if re.search(r"\.\d+\.", key)}
+    return [key for key in unexpected if re.sub(r"\.\d+\.", ".*.", key) in own]
 
 
 def _require_finite(name: str, model: PreTrainedModel) -> None:
@@ -289,7 +303,9 @@ def _explain_config(
 ) -> Exception:
     text = str(error)
     if "does not recognize this architecture" in text or "Unrecognized model" in text:
-        found = text.split("model type `")[1].split("`")[0] if "model type `" in text else "unknown"
+        if "model type `" not in text:
+            return ModelError(f"model {name}: config.json has no model_type; write the one it is (llama, qwen3, ...)")
+        found = text.split("model type `")[1].split("`")[0]
         return ModelError(
             f"model {name}: its model_type ({found}) is not one that transformers {__version__} has; upgrade: "
             f"pip install -U transformers"

@@ -46,6 +46,8 @@ class AutoModelMixin:
             kwargs["max_new_tokens"] = DEFAULT_NEW_TOKENS
         kwargs.setdefault("pad_token_id", tokenizer.pad_token_id)
         ids = base(self, encoded["input_ids"], *args, attention_mask=encoded["attention_mask"], **kwargs)
+        if not isinstance(ids, torch.Tensor):  # return_dict_in_generate: scores and all, as asked for
+            return ids
         return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -82,7 +84,7 @@ def _save_adapter(model: PreTrainedModel, directory: Path, is_main: bool) -> Non
     weights = peft.adapter_state_dict(model)
     if is_main:
         revision = model.__dict__.get("_automodel_source", {}).get("revision")
-        config = peft.adapter_config(model, model.name_or_path, revision)
+        config = peft.adapter_config(model, model.config.name_or_path, revision)
         write_adapter(directory, {name: t.detach().cpu() for name, t in weights.items()}, config, None, model.config)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,8 @@ def _load(name: str, revision: str | None, trust_remote_code: bool, kwargs: dict
             f"{what}: the directory has no tokenizer files ({', '.join(_FILES[:3])}); "
             "set tokenizer.pretrained_model_name_or_path to where they are"
         )
-    if local and (pointer := _lfs_pointer(path)):
-        raise ModelError(f"{what}: {pointer} is a Git LFS pointer, not the file itself; run `git lfs pull` in {path}")
+    if local:
+        _check_files(path, what, name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code, **kwargs}
     try:
         return patiently(lambda: AutoTokenizer.from_pretrained(str(path) if local else name, **options), what)
@@ -91,18 +92,32 @@ def _problem(error: Exception, what: str, name: str, revision: str | None, local
         return f"{what} is made by code in its repository; read that code, then set tokenizer.trust_remote_code=true and a revision"
     if isinstance(error, ImportError) or "sentencepiece" in text.lower() or "tiktoken" in text.lower():
         return f"{what} needs a package that is not installed: {text.strip().splitlines()[0]}"
+    if (
+        local and "validat" in type(error).__name__.lower()
+    ):  # of config.json, which the tokenizer's class is looked up in
+        return f"model {name}: config.json: {' '.join(text.split())[:300]}; correct it"
     if local:
-        return f"{what}: its files cannot be read: {' '.join(text.split())[:200]}"
+        return f"{what}: its files cannot be read ({type(error).__name__}: {' '.join(text.split())[:200]}); download them again"
     return explain(error, "tokenizer", name, revision)
 
 
-def _lfs_pointer(path: Path) -> str | None:
-    """The first tokenizer file that a clone without Git LFS left as a pointer."""
-    for name in _FILES:
-        file = path / name
-        if file.is_file() and file.open("rb").read(40).startswith(b"version https://git-lfs"):
-            return name
-    return None
+def _check_files(directory: Path, what: str, name: str) -> None:
+    """Name a file that a clone without Git LFS left as a pointer, or that is not JSON; transformers names neither."""
+    for file in (directory / file for file in ("config.json", *_FILES)):
+        if not file.is_file():
+            continue
+        owner = f"model {name}" if file.name == "config.json" else what
+        with file.open("rb") as content:
+            pointer = content.read(40).startswith(b"version https://git-lfs")
+        if pointer:
+            raise ModelError(
+                f"{owner}: {file.name} is a Git LFS pointer, not the file itself; run `git lfs pull` in {directory}"
+            )
+        if file.suffix == ".json":
+            try:
+                json.loads(file.read_bytes())
+            except ValueError as error:
+                raise ModelError(f"{owner}: {file} is not valid JSON ({error}); download it again") from None
 
 
 def _template(text_or_path: str) -> str:

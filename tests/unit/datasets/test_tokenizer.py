@@ -121,7 +121,7 @@ def test_mistakes_say_what_to_do(tmp_path, call, says: str) -> None:
     ("content", "says"),
     [
         ("version https://git-lfs.github.com/spec/v1\n", "tokenizer.json is a Git LFS pointer.*`git lfs pull`"),
-        ('{"version": "1.0", "tru', "its files cannot be read"),
+        ('{"version": "1.0", "tru', "is not valid JSON"),
     ],
 )
 def test_damaged_files_are_one_error(tmp_path, content: str, says: str) -> None:

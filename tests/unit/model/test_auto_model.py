@@ -308,3 +308,12 @@ def test_autoclasses_are_not_built_directly() -> None:
     for auto in (NeMoAutoModelForCausalLM, NeMoAutoModelForImageTextToText):
         with pytest.raises(ModelError, match="from_pretrained"):
             auto()
+
+
+def test_generate_returns_what_return_dict_in_generate_asks_for(tmp_path):
+    AutoModelForCausalLM.from_config(tiny_config("llama")).save_pretrained(tmp_path)
+    make_tokenizer("plain").save_pretrained(tmp_path)
+    model = NeMoAutoModelForCausalLM.from_pretrained(str(tmp_path), dtype="float32")
+    out = model.generate(["Hi"], max_new_tokens=2, return_dict_in_generate=True, output_scores=True)
+    assert len(out.scores) == 2
+    assert out.sequences.shape[0] == 1

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from nemo_automodel import NeMoAutoModelForCausalLM
 from nemo_automodel._transformers.weight_files import check_weight_files
 from nemo_automodel.errors import ModelError
-from tests.builders import tiny_config
+from tests.builders import make_tokenizer, tiny_config
 
 SINGLE = "model.safetensors"
 
@@ -194,3 +194,33 @@ def test_a_bad_argument_is_named(arguments: dict, parts: list[str], tmp_path: Pa
         NeMoAutoModelForCausalLM.from_pretrained(str(tmp_path), **arguments)
     for part in parts:
         assert part in str(error.value)
+
+
+def test_more_blocks_than_the_config_says(tmp_path):
+    AutoModelForCausalLM.from_config(tiny_config("llama")).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with pytest.raises(ModelError, match=r"more blocks than config\.json says \(model\.layers\.1\..*9 tensors"):
+        NeMoAutoModelForCausalLM.from_pretrained(str(tmp_path))
+
+
+def test_fresh_weights_have_no_name_to_load_them_from(tmp_path):
+    """An adapter trained on them would otherwise name the place of the config as its base."""
+    AutoModelForCausalLM.from_config(tiny_config("llama")).save_pretrained(tmp_path)
+    assert NeMoAutoModelForCausalLM.from_config(str(tmp_path)).config.name_or_path == ""
+    assert NeMoAutoModelForCausalLM.from_pretrained(str(tmp_path)).config.name_or_path == str(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{oops", r"{file} is not valid JSON .*line 1"), ("version https://git-lfs.github.com/spec/v1\n", "git lfs pull")],
+)
+def test_damaged_files_beside_a_tokenizer_are_named(tmp_path, file, content, message):
+    from nemo_automodel._transformers.tokenizer import load_tokenizer
+
+    make_tokenizer("plain").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ModelError, match=message.replace("{file}", file.replace(".", r"\."))):
+        load_tokenizer(str(tmp_path))
