@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -185,8 +186,8 @@ def _fix(node: Node, names: set[str], members: list[ast.expr]) -> str:
         return f"put it in quotes: '{node.text}'"
     if isinstance(value, str) and names & {"int", "float"}:
         try:
-            float(value)
-            return f"remove the quotes: {value}"
+            if math.isfinite(float(value)):
+                return f"remove the quotes: {value}"
         except ValueError:
             pass
     if "int" in names and isinstance(value, float) and value.is_integer():

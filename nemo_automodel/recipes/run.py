@@ -102,7 +102,10 @@ def guarded(action: Callable[[], Any], main_rank_only: bool = False) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         if rank == "0":
-            print("interrupted", file=sys.stderr)
+            print(
+                "interrupted; a training run goes on from its newest checkpoint with --checkpoint.restore_from=latest",
+                file=sys.stderr,
+            )
         return EXIT_INTERRUPTED
     return result if isinstance(result, int) else EXIT_OK
 

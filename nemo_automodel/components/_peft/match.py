@@ -186,7 +186,7 @@ def _require_each_matches(model: nn.Module, patterns: list[str], key: str, linea
                 f"name linear layers: {_suffixes(linears)}"
             )
         raise ModelError(
-            f"{key}: {pattern!r} matches no module{_did_you_mean(pattern, linears)}. "
+            f"{key}: {pattern!r} matches no module{_did_you_mean(pattern, linears)} "
             f"Linear layers of this model: {_suffixes(linears)}"
         )
 
@@ -207,4 +207,4 @@ def _suffixes(linears: dict[str, nn.Module]) -> str:
 def _did_you_mean(pattern: str, linears: dict[str, nn.Module]) -> str:
     names = list(linears) if "." in pattern else list({name.rsplit(".", 1)[-1] for name in linears})
     close = difflib.get_close_matches(pattern, names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {close[0]!r}?" if close else "."

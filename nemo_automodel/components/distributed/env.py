@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ import torch
 import torch.distributed as dist
 
 from nemo_automodel.errors import EXIT_FAULT, AutoModelError, ConfigError
+
+logger = logging.getLogger(__name__)
 
 _HOST_TIMEOUT = timedelta(hours=24)
 """How long ranks wait for rank 0 to download and tokenise: a host-side wait, not a collective that should trip."""
@@ -60,6 +63,12 @@ class DistEnv:
             raise ConfigError(
                 f"dist_env.device=cuda: local rank {self.local_rank} has no GPU, {torch.cuda.device_count()} visible; "
                 "start fewer processes per node, or set dist_env.device: cpu"
+            )
+        if self.world_size == 1 and torch.cuda.device_count() > 1:
+            logger.warning(
+                "1 of %d visible GPUs is used; for all of them start this recipe under torchrun --nproc-per-node=%d",
+                torch.cuda.device_count(),
+                torch.cuda.device_count(),
             )
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
