@@ -43,7 +43,8 @@ def materials(tmp_path_factory):
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(tiny_config(family)).save_pretrained(folder / family)
         make_tokenizer("chatml").save_pretrained(folder / family)
-    (folder / "rows.jsonl").write_text((json.dumps(ROW) + "\n") * 48)
+    for name in ("rows.jsonl", "validation.jsonl"):  # a file has the split that its name says
+        (folder / name).write_text((json.dumps(ROW) + "\n") * 48)
     return folder
 
 
@@ -62,9 +63,9 @@ def test_every_example_runs(materials, tmp_path, example):
         "--step_scheduler.max_steps=2",
         "--loggers.progress=false",
     ]
-    for name in ("dataset", "validation_dataset"):
+    for name, file in (("dataset", "rows.jsonl"), ("validation_dataset", "validation.jsonl")):
         key = next((key for key in PATH_KEYS if key in config.get(name, {})), None)
-        overrides += [f"--{name}.{key}={materials / 'rows.jsonl'}"] if key else []
+        overrides += [f"--{name}.{key}={materials / file}"] if key else []
     if "packed_sequence" in config:
         overrides += ["--packed_sequence.packed_sequence_size=96", "--dataset.seq_length=96"]
     main(load(example, overrides))
@@ -107,3 +108,43 @@ def test_a_copy_of_the_recipe_runs_its_own_main(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("my own loop") == 2
+
+
+def test_the_guides_average_is_saved_and_restored(tmp_path):
+    """The class and the three lines of the guide, put into a copy of the recipe where their comments say."""
+    workspace = make_workspace(tmp_path)
+    text = (ROOT / "nemo_automodel/recipes/llm/finetune.py").read_text()
+    average = next(snippet for snippet in fenced("python") if "class Average" in snippet)
+    build, keep, update = (line.split("#")[0].strip() for line in fenced("py")[0].splitlines())
+    for anchor, line in (
+        ("    params = [", build),
+        ("    state = TrainState(", keep),
+        ("        optimizer.step()", update),
+    ):
+        start = text.index(anchor)
+        end = text.index("\n", start) + 1
+        text = text[:end] + " " * (len(anchor) - len(anchor.lstrip())) + line + "\n" + text[end:]
+    text = text.replace("def main(", average + "\n\ndef main(", 1)
+    text = text.replace(
+        "    env.shutdown()",
+        "    print('average', sum(a.double().sum().item() for a in ema.average))\n    env.shutdown()",
+    )
+    (tmp_path / "my_recipe.py").write_text(text)
+
+    def run(*overrides):
+        command = [
+            sys.executable,
+            "my_recipe.py",
+            "-c",
+            str(workspace.recipe),
+            "--step_scheduler.ckpt_every_steps=6",
+            *overrides,
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr[-3000:]
+        return re.search(r"average (\S+)", result.stdout)[1]
+
+    whole = run("--checkpoint.checkpoint_dir=whole")
+    first = next((tmp_path / "whole").glob("epoch_*_step_6"))
+    assert run("--checkpoint.checkpoint_dir=resumed", f"--checkpoint.restore_from={first}") == whole
