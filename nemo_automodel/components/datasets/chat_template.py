@@ -178,6 +178,11 @@ class ChatRenderer:
         return span
 
 
+def question_renderer(tokenizer: Any, answer_only_loss: bool) -> ChatRenderer:
+    """The renderer of a question and its answer as a chat; trained on from the answer on, or throughout."""
+    return ChatRenderer(tokenizer, "assistant" if answer_only_loss else "all")
+
+
 def _like(content: Any) -> Any:
     """Other content of the same form (text, or a list of parts)."""
     return [{"type": "text", "text": _MARK}] if isinstance(content, list) else _MARK

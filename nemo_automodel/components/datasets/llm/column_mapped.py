@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_automodel.components.datasets.chat_template import ChatRenderer
+from nemo_automodel.components.datasets.chat_template import question_renderer
 from nemo_automodel.components.datasets.rendering import Rendered, prompt_and_answer
 from nemo_automodel.components.datasets.sources import field, open_source
 from nemo_automodel.components.datasets.tokenized import TokenizedDataset, tokenize
@@ -69,11 +69,7 @@ class _Columns:
     separator: str
 
     def __post_init__(self) -> None:
-        self._chat = (
-            ChatRenderer(self.tokenizer, "assistant" if self.answer_only_loss else "all")
-            if self.use_chat_template
-            else None
-        )
+        self._chat = question_renderer(self.tokenizer, self.answer_only_loss) if self.use_chat_template else None
 
     def __call__(self, row: dict[str, Any], where: str) -> Rendered:
         texts = {role: field(row, self.mapping[role], where) for role in ROLES if role in self.mapping}
