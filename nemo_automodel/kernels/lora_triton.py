@@ -29,6 +29,10 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED_BF16: tl.constexpr):
     b = _round(b, a.dtype, INTERPRETED_BF16)
     if INTERPRETED_BF16:
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    elif PRECISION == "ieee":
+        # One sum per tile, then a sum of those: half the error of a single long one. (The limit, which means nothing
+        # to an fp32 product, keeps the compiler from joining the two.)
+        acc += tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=1)
     else:
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
