@@ -25,6 +25,16 @@ class Sample(TypedDict):
     """Same length; already shifted: ``labels[t]`` is the token to predict *at* position t, or IGNORE_INDEX."""
 
 
+@dataclass(frozen=True)
+class ContextLayout:
+    """Where a batch's sequence lies among context-parallel ranks: cut into equal chunks, several on each rank."""
+
+    group: Any  # the ranks' process group; None: this process holds every chunk
+    held: tuple[int, ...]  # the chunks on this rank, in the order in which its tensors have them
+    order: tuple[int, ...]  # the chunks in the order in which gathering over ``group`` puts them
+    cu_seqlens: tuple[int, ...] | None  # [D+1] boundaries of packed documents along the whole row
+
+
 class Batch(TypedDict, total=False):
     """One micro-batch, as the loader yields it (tensors on the CPU; the recipe moves them to the device).
 
@@ -45,6 +55,7 @@ class Batch(TypedDict, total=False):
     cu_seq_lens_k: torch.Tensor  # the same tensor; packed only
     max_length_q: int  # packed only
     max_length_k: int  # packed only
+    cp_layout: ContextLayout  # only of a batch sharded along its sequence, whose other tensors are this rank's
     sample_ids: list[int]  # dataset rows in this micro-batch, for traces and messages
 
 

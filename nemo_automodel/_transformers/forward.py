@@ -18,17 +18,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nemo_automodel._transformers import compat
+from nemo_automodel._transformers.cp_check import context_layout
 from nemo_automodel._transformers.head import HeadTap, LogitTransform, head_of, infer_transform, is_whole, probe_logits
 from nemo_automodel._transformers.inputs import is_right_padded
 from nemo_automodel._transformers.packing import PASSES_DOCUMENTS, refuse_packing
 from nemo_automodel._transformers.window_trial import passes_window
 from nemo_automodel.components.attention.layout import Layout, announce
 from nemo_automodel.errors import ConfigError
-from nemo_automodel.types import IGNORE_INDEX, Batch, LossFunction
+from nemo_automodel.types import IGNORE_INDEX, Batch, ContextLayout, LossFunction
 
 logger = logging.getLogger(__name__)
 
-_NOT_FOR_THE_MODEL = ("labels", "label_indices", "num_label_tokens", "num_tokens", "sample_ids", "right_padded")
+_NOT_FOR_THE_MODEL = (
+    "labels",
+    "label_indices",
+    "num_label_tokens",
+    "num_tokens",
+    "sample_ids",
+    "right_padded",
+    "cp_layout",
+)
 
 
 @dataclass
@@ -39,6 +48,7 @@ class LossRequest:
     labels: Tensor  # [B, S] pre-shifted
     label_indices: Tensor | None = None
     right_padded: bool | None = None  # None: not known
+    context: ContextLayout | None = None  # how the rows are sharded along the sequence
     result: Tensor | None = field(default=None, repr=False)
     fused: bool = False  # whether the result came without logits
 
@@ -52,6 +62,7 @@ def forward_loss(model: nn.Module, batch: Batch, loss_fn: LossFunction) -> tuple
     """
     inputs = {k: v for k, v in batch.items() if k not in _NOT_FOR_THE_MODEL}
     request = LossRequest(loss_fn, batch["labels"], batch.get("label_indices"), batch.get("right_padded"))
+    request.context = batch.get("cp_layout")
     inner = getattr(model, "module", model)
     if hasattr(type(inner), "automodel_base"):
         return model(**inputs, loss_request=request)
@@ -78,7 +89,10 @@ def run_with_request(
 ) -> tuple[Tensor, Tensor]:
     """The ``(ce_sum, aux)`` of ``forward_loss``; runs inside the model's call, where sharded weights are whole."""
     inputs = dict(inputs)
-    layout = _prepare_packed(model, inputs) or _prepare_padded(model, inputs, request.right_padded)
+    if request.context is not None:
+        layout: Layout | None = context_layout(model, request.context)
+    else:
+        layout = _prepare_packed(model, inputs) or _prepare_padded(model, inputs, request.right_padded)
     inputs["use_cache"] = False
     inputs = _accepted(base_forward, inputs)
     with announce(layout):

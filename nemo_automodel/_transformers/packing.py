@@ -30,7 +30,7 @@ def refuse_packing(model: nn.Module) -> None:
             f"packed_sequence: {name} attends within chunks counted from the start of the row, so packed documents "
             f"would be cut at other places than separate ones; {FIX}"
         )
-    if mixing := _mixing_layers(model):
+    if mixing := mixing_layers(model):
         raise ModelError(
             f"packed_sequence: {name} has layers that carry state from token to token without attention ({mixing}), "
             f"so packed documents would leak into each other; {FIX}"
@@ -41,7 +41,7 @@ def refuse_packing(model: nn.Module) -> None:
         )
 
 
-def _mixing_layers(model: nn.Module) -> str:
+def mixing_layers(model: nn.Module) -> str:
     """The non-attention layer kinds of ``model`` that mix tokens, as text; empty where there are none."""
     config = getattr(model, "config", None)
     text = config.get_text_config() if isinstance(config, PretrainedConfig) else None

@@ -10,6 +10,7 @@ Shape legend: B batch, H query heads, G key/value heads, S query length, K key l
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import and_masks, sdpa_mask
 
-from nemo_automodel.components.attention.layout import current_layout
+from nemo_automodel.components.attention.context_parallel import context_attention, refuse
+from nemo_automodel.components.attention.layout import Layout, current_context, current_layout
 from nemo_automodel.components.attention.varlen import packed_attention, window_attention
 
 NAME = "automodel"
@@ -57,6 +59,15 @@ def attention(
     """
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     length = query.shape[2]
+    context = current_context()
+    if context is not None:
+        if attention_mask is not None or not causal or kwargs.get("position_bias") is not None:
+            refuse("its layers attend by a mask or bias of their own")
+        formula = None
+        if softcap is not None or s_aux is not None:
+            formula = partial(written_out_attention, dropout=dropout, scaling=scaling, softcap=softcap, sinks=s_aux)
+        out = context_attention(query, key, value, context, dropout, scaling, sliding_window, formula)
+        return out.transpose(1, 2).contiguous(), None
     if softcap is not None or s_aux is not None:
         if attention_mask is None:
             attention_mask = _written_mask(length, key.shape[2], causal, sliding_window, cu_seq_lens_q, query.device)
@@ -97,6 +108,9 @@ def attention_mask(
     without an overlay of the model's own. Everything else gets the real mask, documents included.
     """
     layout = current_layout()
+    if layout is not None and layout.context is not None:
+        _refuse_context_mask(layout, q_length, local_size, allow_is_causal_skip)
+        return None
     if layout is not None and q_length == kv_length:
         windowed = local_size is not None and local_size < q_length
         needed = (windowed and not layout.windows_as_argument) or (
@@ -149,6 +163,17 @@ def written_out_attention(
     else:
         weights = scores.softmax(dim=-1)
     return F.dropout(weights.to(query.dtype), p=dropout, training=dropout > 0) @ value
+
+
+def _refuse_context_mask(layout: Layout, q_length: int, local_size: int | None, plain: bool) -> None:
+    """Raise ModelError where only a mask could say what a sequence-sharded forward attends to."""
+    context = layout.context
+    assert context is not None
+    whole = q_length // len(context.held) * len(context.order)
+    if local_size is not None and local_size < whole and not layout.windows_as_argument:
+        refuse("its layers do not hand their sliding window to the attention function")
+    if not plain:
+        refuse("it lays a mask of its own over the causal one")
 
 
 def _window(sliding_window: int | None, length: int) -> int | None:

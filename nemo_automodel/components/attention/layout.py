@@ -11,7 +11,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from nemo_automodel.types import ContextLayout
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,12 @@ class Layout:
     """The model hands ``sliding_window`` to its attention function, so that a mask need not say it."""
     documents_as_argument: bool = True
     """The model hands ``cu_seq_lens_q`` on to its attention function; else the mask says where documents end."""
+    context: ContextLayout | None = None
+    """The rows are this rank's chunks of longer ones; None: they are whole."""
 
 
 _CURRENT: ContextVar[Layout | None] = ContextVar("nemo_automodel_layout", default=None)
+_last_context: ContextLayout | None = None  # of the latest announcement, over or not
 
 
 def current_layout() -> Layout | None:
@@ -34,9 +40,23 @@ def current_layout() -> Layout | None:
     return _CURRENT.get()
 
 
+def current_context() -> ContextLayout | None:
+    """The sequence sharding of the forward in progress, or of the latest one where backward recomputes a part of it."""
+    if _last_context is None:  # a plain global, so that compiled blocks without context parallelism only guard on it
+        return None
+    layout = _CURRENT.get()
+    if layout is not None:
+        return layout.context
+    recomputing = torch._C._current_graph_task_id() != -1  # what torch.utils.checkpoint itself asks
+    return _last_context if recomputing else None
+
+
 @contextmanager
 def announce(layout: Layout | None) -> Iterator[None]:
     """Say what the batch of the forward inside is; None says nothing."""
+    global _last_context
+    if layout is not None or _CURRENT.get() is None:
+        _last_context = layout.context if layout is not None else None
     if layout is None:
         yield
         return

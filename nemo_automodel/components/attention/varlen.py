@@ -40,8 +40,8 @@ def packed_attention(
     """
     if query.shape[0] != 1:
         raise ValueError(f"packed attention takes one row that holds every document, not {query.shape[0]} rows")
-    if _has_kernel(query, key, value, dropout):
-        return _varlen(query, key, value, cu_seqlens, longest, scaling, causal, window)
+    if has_kernel(query, key, value, dropout):
+        return varlen(query, key, value, (cu_seqlens, cu_seqlens), (longest, longest), scaling, causal, window)
     lengths = torch.diff(cu_seqlens).tolist()
     parts = []
     for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
@@ -62,9 +62,9 @@ def window_attention(
 ) -> Tensor:
     """Causal attention to the last ``window`` keys, the query's own included; shapes as in ``packed_attention``."""
     batch, _, length, _ = query.shape
-    if _has_kernel(query, key, value, dropout):
+    if has_kernel(query, key, value, dropout):
         boundaries = torch.arange(0, (batch + 1) * length, length, device=query.device, dtype=torch.int32)
-        return _varlen(query, key, value, boundaries, length, scaling, True, window)
+        return varlen(query, key, value, (boundaries, boundaries), (length, length), scaling, True, window)
     position = torch.arange(length, device=query.device)
     behind = position[:, None] - position[None, :]
     band = (behind >= 0) & (behind < window)
@@ -74,7 +74,8 @@ def window_attention(
     )
 
 
-def _has_kernel(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
+def has_kernel(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
+    """Whether ``varlen`` can be used."""
     return (
         varlen_attn is not None
         and query.is_cuda
@@ -85,16 +86,21 @@ def _has_kernel(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bo
     )
 
 
-def _varlen(
+def varlen(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    cu_seqlens: Tensor,
-    longest: int,
+    cu_seqlens: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
     scaling: float | None,
     causal: bool,
     window: int | None,
 ) -> Tensor:
+    """Variable-length flash attention; a piece's last query is level with its last key.
+
+    ``query`` [B, H, S, E], ``key`` and ``value`` [B, G, K, E]; ``cu_seqlens`` and ``longest`` of the pieces of the
+    queries [B*S] and of the keys [B*K]. Returns [B, H, S, E].
+    """
     batch, heads, length, size = query.shape
     options: dict[str, Any] = {
         "scale": scaling,
@@ -102,6 +108,6 @@ def _varlen(
     }
     if heads != key.shape[1] and _TAKES_GQA:  # torch 2.11 has no such argument and groups heads unasked
         options["enable_gqa"] = True
-    q, k, v = (x.transpose(1, 2).reshape(batch * length, -1, size) for x in (query, key, value))
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
+    q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], size) for x in (query, key, value))
+    out = varlen_attn(q, k, v, *cu_seqlens, *longest, **options)
     return out.view(batch, length, heads, size).transpose(1, 2)
