@@ -1,0 +1,53 @@
+"""Which models' sequences can be sharded, and what those that cannot are told."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from nemo_automodel._transformers.cp_check import require_context_parallel
+from nemo_automodel._transformers.window_trial import find_window
+from nemo_automodel.components.attention.function import register
+from nemo_automodel.errors import ModelError
+from tests.builders import tiny_config
+
+
+def build(kind, attention=None):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(kind), attn_implementation=attention or register())
+    find_window(model)
+    return model
+
+
+class Shifted(torch.nn.Module):
+    """Adds to each token the one before it: mixing that nothing in a config tells of."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) + torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text", "qwen3_moe"])
+def test_attention_models_pass(kind):
+    require_context_parallel(build(kind))
+
+
+def test_a_layer_that_mixes_tokens_is_found_by_trying():
+    model = build("llama")
+    model.model.layers[0].mlp = Shifted(model.model.layers[0].mlp)
+    with pytest.raises(ModelError, match=r"cp_size.*depend on those beside it"):
+        require_context_parallel(model)
+
+
+def test_attention_that_is_not_ours_is_refused():
+    with pytest.raises(ModelError, match="runs its own attention"):
+        require_context_parallel(build("llama", "eager"))
+
+
+def test_windows_not_handed_on_are_refused():
+    model = build("gemma3_text")
+    model.__dict__["_automodel_passes_window"] = False
+    with pytest.raises(ModelError, match="do not hand their sliding window"):
+        require_context_parallel(model)
