@@ -85,6 +85,27 @@ def transformers(
     )
 
 
+def transformers_with_masters(workload: Workload, device: torch.device) -> Contender:
+    """transformers in bf16 throughout, stepped on fp32 copies of its weights: what ours computes, written out plainly."""
+    contender = transformers(workload, device)
+    weights = [p for p in contender.model.parameters() if p.requires_grad]
+    masters = [p.detach().float().requires_grad_() for p in weights]
+    optimizer = torch.optim.AdamW(masters, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda")
+
+    def clip() -> torch.Tensor:
+        for master, weight in zip(masters, weights, strict=True):
+            assert weight.grad is not None
+            master.grad, weight.grad = weight.grad.float(), None
+        return torch.nn.utils.clip_grad_norm_(masters, 1.0)
+
+    @torch.no_grad()
+    def write_back(*_: Any) -> None:
+        torch._foreach_copy_(weights, masters)
+
+    optimizer.register_step_post_hook(write_back)
+    return Contender(contender.model, contender.forward_backward, clip, optimizer)
+
+
 def ours(workload: Workload, device: torch.device, **model_options: Any) -> Contender:
     """This package as its recipe builds it from a YAML without further options."""
     from nemo_automodel import NeMoAutoModelForCausalLM
@@ -122,11 +143,21 @@ def ours(workload: Workload, device: torch.device, **model_options: Any) -> Cont
     return Contender(model, forward_backward, lambda: clipper(params), _optimizer(model, device))
 
 
+def ours_deterministic(workload: Workload, device: torch.device) -> Contender:
+    """Ours as ``rng.deterministic: true`` makes it: what a resume that repeats every bit costs."""
+    from nemo_automodel.components.training.rng import StatefulRNG
+
+    StatefulRNG(deterministic=True)
+    return ours(workload, device)
+
+
 Builder = Callable[[Workload, torch.device], Contender]
 REFERENCE = "transformers fp32"
 """What every contender's first loss and gradients are compared with; never timed."""
 
 FP32_TRAINED = "transformers, trained weights in fp32"
+FP32_MASTERS = "transformers, fp32 masters"
+PURE_BF16 = "ours, pure bf16"
 PEERS: dict[str, Builder] = {
     "transformers": transformers,
     FP32_TRAINED: lambda w, d: transformers(w, d, fp32_trained=True),
@@ -135,16 +166,27 @@ PEERS: dict[str, Builder] = {
     "transformers + Liger, compiled layers": lambda w, d: transformers(w, d, liger=True, compiled=True),
     "transformers + Liger, trained weights in fp32": lambda w, d: transformers(w, d, liger=True, fp32_trained=True),
 }
-PURE_BF16 = "ours, pure bf16"
-OURS: dict[str, dict[str, Builder]] = {
+ONLY_IN: dict[str, dict[str, Builder]] = {
     "A": {"ours": ours, "ours, use_triton": lambda w, d: ours(w, d, peft={"use_triton": True})},
-    "B": {"ours": ours, PURE_BF16: lambda w, d: ours(w, d, master_dtype="bfloat16")},
+    "B": {
+        FP32_MASTERS: transformers_with_masters,
+        "ours": ours,
+        PURE_BF16: lambda w, d: ours(w, d, master_dtype="bfloat16"),
+        "ours, rng.deterministic": ours_deterministic,
+    },
 }
 
 
-def keeps_fp32(name: str) -> bool:
-    """Whether the contender keeps what it trains in fp32: at lr 1e-5 most bf16 weights do not move, so curves differ."""
-    return name.endswith("trained weights in fp32") or (name.startswith("ours") and name != PURE_BF16)
+def curve_of(workload: str, name: str) -> str:
+    """The plain transformers contender whose loss curve ``name`` must follow: equal in what is kept in which dtype.
+
+    At lr 1e-5 most bf16 weights do not move, and autocast keeps the residual stream in fp32: three different curves.
+    """
+    if name.endswith("trained weights in fp32"):
+        return FP32_TRAINED
+    if name == FP32_MASTERS or (name.startswith("ours") and name != PURE_BF16):
+        return FP32_TRAINED if workload == "A" else FP32_MASTERS  # fp32 adapters on a bf16 base are the same in both
+    return "transformers"
 
 
 NEEDS_GPU = ("Liger", "compiled", "use_triton")
@@ -152,7 +194,7 @@ NEEDS_GPU = ("Liger", "compiled", "use_triton")
 
 def contenders(workload: str, cpu: bool) -> dict[str, Builder]:
     """Those that can take part in ``workload``, by name."""
-    found = PEERS | OURS[workload]
+    found = PEERS | ONLY_IN[workload]
     return {name: build for name, build in found.items() if not (cpu and any(word in name for word in NEEDS_GPU))}
 
 

@@ -4,8 +4,8 @@
 
 Each contender runs in a process of its own, with the same weights, tokens, optimizer and clipping. Its loss and
 gradient norms at step 0 are compared with fp32 transformers, its loss curve with that of plain transformers which keeps
-its trained weights in the same dtype; one that differs is marked, whatever its speed. Times are CUDA events around
-whole steps.
+the same things in the same dtypes; one that differs is marked, whatever its speed. Times are CUDA events around whole
+steps. Contenders run in the order given; whom another's curve is compared with is best named first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import write
-from benchmarks.contenders import REFERENCE, Contender, build, contenders, keeps_fp32
+from benchmarks.contenders import REFERENCE, Contender, build, contenders, curve_of
 from benchmarks.workloads import WORKLOADS, Workload, batches, canonical, model_flops, tiny
 
 LOSS_TOLERANCE = 2e-3  # of step 0, absolute
@@ -169,20 +169,25 @@ def _kernel_table(contender: Contender, batch: Any, device: torch.device, steps:
 # --- all of them ---------------------------------------------------------------------------------------------------
 
 
-def judge(result: dict[str, Any], reference: dict[str, Any], curve: list[float]) -> dict[str, Any]:
-    """How far ``result`` is from the fp32 reference at step 0, and from ``curve`` over all steps."""
+def judge(result: dict[str, Any], reference: dict[str, Any], curve: list[float] | None) -> dict[str, Any]:
+    """How far ``result`` is from the fp32 reference at step 0, and from ``curve`` over all steps (None: not known)."""
     loss_error = abs(result["losses"][0] - reference["losses"][0])
     norm_error = abs(result["grad_norm"] / reference["grad_norm"] - 1)
     pairs = [(result["norms"].get(name, 0.0), norm) for name, norm in reference["norms"].items()]
     tensor_error = (sum((a - b) ** 2 for a, b in pairs) / sum(b * b for _, b in pairs)) ** 0.5
-    curve_error = max(abs(a - b) / b for a, b in zip(result["losses"], curve, strict=False))
-    equal = loss_error < LOSS_TOLERANCE and norm_error < NORM_TOLERANCE and curve_error < CURVE_TOLERANCE
+    equal = (
+        loss_error < LOSS_TOLERANCE and norm_error < NORM_TOLERANCE and set(result["norms"]) == set(reference["norms"])
+    )
+    curve_error = None
+    if curve is not None:
+        curve_error = max(abs(a - b) / b for a, b in zip(result["losses"], curve, strict=True))
+        equal = equal and curve_error < CURVE_TOLERANCE
     return {
         "loss error": float(f"{loss_error:.1e}"),
         "grad norm error": float(f"{norm_error:.1e}"),
         "per-tensor norm error": float(f"{tensor_error:.1e}"),
-        "curve error": float(f"{curve_error:.1e}"),
-        "equal": "yes" if equal and set(result["norms"]) == set(reference["norms"]) else "NO",
+        "curve error": None if curve_error is None else float(f"{curve_error:.1e}"),
+        "equal": "NO" if not equal else "yes" if curve is not None else "yes, step 0",
     }
 
 
@@ -212,14 +217,13 @@ def run_workload(workload: str, arguments: argparse.Namespace) -> Iterator[dict[
     if "failed" in reference:
         yield {"workload": workload, "contender": REFERENCE, **reference}
         return
-    curves: dict[bool, list[float]] = {}
-    for name in contenders(workload, arguments.cpu):
-        if arguments.contenders and name not in arguments.contenders:
-            continue
+    curves: dict[str, list[float]] = {}
+    known = contenders(workload, arguments.cpu)
+    for name in (name for name in arguments.contenders or known if name in known):
         result = run_contender(name, workload, arguments)
         if "failed" not in result:
-            curve = curves.setdefault(keeps_fp32(name), result["losses"])  # the first of its kind is transformers
-            result |= judge(result, reference, curve)
+            curves[name] = result["losses"]
+            result |= judge(result, reference, curves.get(curve_of(workload, name)))
             result.pop("norms")
         yield {"workload": workload, "contender": name, **result}
 

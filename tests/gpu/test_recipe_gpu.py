@@ -1,9 +1,13 @@
 """The whole recipe on one CUDA device, through the real command: SFT and LoRA, from a checkpoint and from a bare config.
 
 Claims: (1) the loss falls and what is saved loads in plain transformers (PEFT for adapters) with the trained loss;
-(2) fp32 training on the device equals the CPU's losses to 1e-4; (3) a run resumed after step 6 leaves the losses of the
-uninterrupted one, bit for bit.
+(2) fp32 training on the device equals the CPU's losses to 1e-4; (3) with ``rng.deterministic`` a run resumed after step 6
+leaves the losses of the uninterrupted one, bit for bit, over rows of many lengths, with adapters, packed, and compiled
+where batches have one size; without it, in fp32, to 1e-4.
 """
+
+import json
+import random
 
 import pytest
 import torch
@@ -66,14 +70,47 @@ def test_fp32_equals_the_cpu(tmp_path, kind):
     assert cuda == pytest.approx(cpu, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", [[], ["--peft.match_all_linear=true", "--peft.dropout=0.1"]], ids=["sft", "lora"])
-def test_class_9_resume_is_bitwise(tmp_path, kind):
-    workspace = make_workspace(tmp_path)
-    args = [*kind, "--model.dtype=bfloat16", "--step_scheduler.ckpt_every_steps=6"]
-    workspace.spawn(*args, out="whole")
-    checkpoint = next((tmp_path / "whole").glob("epoch_*_step_6"))
-    workspace.spawn(*args, f"--checkpoint.restore_from={checkpoint}", out="resumed")
-    whole, resumed = (
-        {line["step"]: line["loss_hex"] for line in workspace.metrics(out)} for out in ("whole", "resumed")
+RESUMED = {
+    "sft": [],
+    "lora": ["--peft.match_all_linear=true", "--peft.dropout=0.1"],
+    "packed": ["--packed_sequence.packed_sequence_size=512", "--step_scheduler.global_batch_size=4"],
+    "compiled, one size": ["--compile.enabled=true", "--compile.dynamic=false", "--dataloader.pad_to_multiple_of=512"],
+}
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_class_9_resume_is_bitwise_where_deterministic(tmp_path, kind):
+    whole, resumed = resume(tmp_path, *RESUMED[kind], "--model.dtype=bfloat16", "--rng.deterministic=true")
+    assert resumed == {step: line for step, line in whole.items() if step > 6}
+
+
+@pytest.mark.parametrize("kind", ["sft", "lora"])
+def test_class_9_resume_is_close_by_default(tmp_path, kind):
+    whole, resumed = resume(tmp_path, *RESUMED[kind])
+    assert {step: loss for step, (_, loss) in resumed.items()} == pytest.approx(
+        {step: loss for step, (_, loss) in whole.items() if step > 6}, rel=1e-4
     )
-    assert resumed == {step: loss for step, loss in whole.items() if step > 6}
+
+
+def resume(path, *args):
+    """(loss_hex, loss) by step of a run of 12 steps, and of one resumed from its checkpoint of step 6."""
+    workspace = make_workspace(path, hidden_size=64, intermediate_size=128, head_dim=16, max_position_embeddings=2048)
+    write_rows_of_many_lengths(workspace.path / "data.jsonl")
+    args = [*args, "--step_scheduler.ckpt_every_steps=6"]
+    workspace.spawn(*args, out="whole")
+    checkpoint = next((path / "whole").glob("epoch_*_step_6"))
+    workspace.spawn(*args, f"--checkpoint.restore_from={checkpoint}", out="resumed")
+    return (
+        {line["step"]: (line["loss_hex"], line["loss"]) for line in workspace.metrics(out)}
+        for out in ("whole", "resumed")
+    )
+
+
+def write_rows_of_many_lengths(path):
+    """Up to some 500 tokens: several tiles of an attention kernel, whose backward then sums in any order it likes."""
+    rng = random.Random(1)
+    words = "what is the capital of France when a fox jumps over two lazy dogs".split()
+    with path.open("w") as f:
+        for _ in range(48):
+            question, answer = (" ".join(rng.choices(words, k=rng.randint(2, 60))) for _ in range(2))
+            f.write(json.dumps({"question": question, "answer": answer}) + "\n")

@@ -7,13 +7,13 @@ import json
 import pytest
 
 from benchmarks import step
-from benchmarks.contenders import contenders, keeps_fp32
+from benchmarks.contenders import contenders, curve_of
 from benchmarks.workloads import WORKLOADS, batches, model_flops, tiny
 
 
 @pytest.mark.parametrize("workload", ["A", "B"])
 def test_ours_equals_transformers_and_the_table_says_so(workload, tmp_path, capfd):
-    names = ["transformers, trained weights in fp32", "ours"]
+    names = [curve_of(workload, "ours"), "ours"]
     arguments = ["--cpu", "--workloads", workload, "--warmup", "1", "--steps", "2", "--out", str(tmp_path)]
     assert step.main([*arguments, "--contenders", *names]) == 0, capfd.readouterr().out
     result = json.loads((tmp_path / "step-cpu.json").read_text())
@@ -30,6 +30,7 @@ def test_a_contender_that_computes_something_else_is_marked():
     reference = {"losses": [2.0], "grad_norm": 1.0, "norms": {"a": 1.0}}
     good = {"losses": [2.001, 1.9], "grad_norm": 1.01, "norms": {"a": 1.01}}
     assert step.judge(good, reference, [2.0, 1.9])["equal"] == "yes"
+    assert step.judge(good, reference, None)["equal"] == "yes, step 0"
     for wrong in ({"losses": [2.01, 1.9]}, {"grad_norm": 1.05}, {"losses": [2.0, 1.8]}, {"norms": {}}):
         assert step.judge(good | wrong, reference, [2.0, 1.9])["equal"] == "NO"
 
@@ -46,10 +47,11 @@ def test_flops_follow_the_published_formula():
     assert model_flops(WORKLOADS["B"]) / WORKLOADS["B"].tokens == pytest.approx(8.35e9, rel=0.01)
 
 
-def test_every_workload_has_ours_and_peers_of_both_precisions():
+def test_every_workload_has_ours_and_each_contender_a_plain_peer():
     for name, workload in WORKLOADS.items():
         found = contenders(name, cpu=False)
         assert "ours" in found
-        assert {keeps_fp32(contender) for contender in found} == {True, False}
+        assert {curve_of(name, contender) for contender in found} <= {peer for peer in found if "ours" not in peer}
+        assert curve_of(name, "ours") != curve_of(name, "transformers")
         batch = batches(tiny(workload), 1)[0]
         assert batch["num_label_tokens"] == len(batch["label_indices"]) == (batch["labels"] != -100).sum()

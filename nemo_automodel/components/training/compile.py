@@ -14,7 +14,8 @@ class CompileConfig:
     """How decoder blocks are compiled. Blocks of one shape share one compilation, so that start-up stays short.
 
     Args:
-        enabled: None = on where the device is CUDA.
+        enabled: None = on where the device is CUDA, unless deterministic algorithms were asked for
+            (``rng.deterministic``): what is compiled depends on the shapes seen before, and a resumed run starts anew.
         mode: torch.compile's ``mode``; None is its default.
         fullgraph: raise where a block cannot be captured as one graph, instead of splitting it.
         dynamic: torch.compile's ``dynamic``; None lets sizes become dynamic once they change.
@@ -27,7 +28,8 @@ class CompileConfig:
 
     def apply(self, blocks: Sequence[nn.Module], device: torch.device) -> bool:
         """Compile each of ``blocks`` in place (parameter names stay); return whether it was done."""
-        enabled = device.type == "cuda" if self.enabled is None else self.enabled
+        wanted = device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
+        enabled = wanted if self.enabled is None else self.enabled
         if not enabled:
             return False
         for block in blocks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from typing import Any
 
@@ -19,12 +20,18 @@ class StatefulRNG:
     Args:
         seed: The seed of the run: weights, data order, dropout. Default 42.
         ranked: Whether ranks draw different dropout masks. Default true.
+        deterministic: Use only algorithms that give the same bits each time, so that a run resumed on a GPU repeats the
+            uninterrupted one bit for bit; an operation that has none fails. Blocks are then not compiled unless
+            ``compile.enabled`` says so, and attention's backward is slower. Default false.
         rank: This process's rank (given by the recipe).
     """
 
-    def __init__(self, seed: int = 42, ranked: bool = True, rank: int = 0):
+    def __init__(self, seed: int = 42, ranked: bool = True, deterministic: bool = False, rank: int = 0):
         self.seed = seed
         self._stream = rank if ranked else 0
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product runs on a GPU
+            torch.use_deterministic_algorithms(True)
         _seed_all(seed)
 
     def seed_step(self, step: int) -> None:

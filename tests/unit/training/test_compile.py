@@ -29,6 +29,12 @@ def test_on_for_cuda_unless_said_otherwise(enabled, device, expected, monkeypatc
     assert compiled == [options] * (2 if expected else 0)
 
 
+def test_off_where_deterministic_unless_said_otherwise(monkeypatch):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert not CompileConfig().apply([], torch.device("cuda"))
+    assert CompileConfig(enabled=True).apply([], torch.device("cuda"))
+
+
 def test_blocks_share_one_compilation_and_compute_the_same():
     blocks = nn.Sequential(*[Block() for _ in range(10)])
     names, x = list(blocks.state_dict()), torch.randn(3, 8, requires_grad=True)

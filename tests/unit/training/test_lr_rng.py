@@ -1,5 +1,6 @@
 """The LR horizon is exact (failure class 10), and randomness is a function of (seed, step, rank)."""
 
+import os
 import random
 
 import numpy as np
@@ -72,3 +73,17 @@ def test_ranks_differ_only_when_ranked():
     assert at(seed=1, rank=0)[1] != at(seed=1, rank=1)[1]
     assert at(seed=1, rank=0, ranked=False)[1] == at(seed=1, rank=1, ranked=False)[1]
     assert at(seed=1)[1] != at(seed=2)[1]
+
+
+def test_deterministic_algorithms_on_request_alone(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        StatefulRNG()
+        assert torch.are_deterministic_algorithms_enabled() == before
+        StatefulRNG(deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(before)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
