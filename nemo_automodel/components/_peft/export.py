@@ -22,6 +22,11 @@ def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def is_adapter_tensor(name: str) -> bool:
+    """Whether ``name``, as in the model's state dict, is an adapter's and not the base model's."""
+    return name.endswith(_ADAPTER_PARTS)
+
+
 def gathered_adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """``adapter_tensors``, whole on every rank and detached. A collective where the model is sharded."""
     return {key: full_tensor(tensor.detach()).contiguous() for key, tensor in adapter_tensors(model).items()}
@@ -37,7 +42,7 @@ def merged_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for raw_key, tensor in model.state_dict().items():
         key = clean_name(raw_key)
-        if key.endswith(_ADAPTER_PARTS):
+        if is_adapter_tensor(key):
             continue
         tensors[key] = merged[key].merged_weight() if key in merged else tensor
     return tensors

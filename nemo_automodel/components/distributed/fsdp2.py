@@ -40,6 +40,8 @@ class FSDP2Manager:
         dp_rank, dp_size: This rank among those that see different data.
     """
 
+    takes_meta = True  # ``parallelize`` shards models that have no memory yet
+
     def __init__(
         self,
         dp_size: int | str | None = "none",
@@ -76,7 +78,8 @@ class FSDP2Manager:
         the global number of label tokens. Between the micro-batches of a step gradients add up in float32 too, except
         on one rank where weights are kept in ``compute_dtype`` themselves (pure bf16): there torch adds them in it.
         """
-        model.to(self.device)
+        if not any(p.is_meta for p in model.parameters()):
+            model.to(self.device)
         dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
         alone = self.dp_size == 1
         policy = MixedPrecisionPolicy(
