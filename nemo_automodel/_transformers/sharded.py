@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from nemo_automodel._transformers import compat, meta
 from nemo_automodel._transformers.fill import Checkpoint
 from nemo_automodel._transformers.fresh import FreshWeights
+from nemo_automodel._transformers.trial import small_copy
 from nemo_automodel._transformers.weight_files import check_weight_files
 from nemo_automodel.errors import AutoModelError
 
@@ -49,10 +50,11 @@ def plan_loading(
     built = {key: options[key] for key in ("experts_implementation",) if options.get(key) is not None}
     try:
         model = meta.build(auto_class, copy.deepcopy(config), dtype, attn_implementation, **built)
+        small_copy(model)
     except AutoModelError:
         raise
     except Exception as error:  # any model's constructor may want real numbers
-        return _whole(name, f"it cannot be built without memory ({type(error).__name__}: {error})")
+        return _whole(name, f"it cannot be built without memory, or not small ({type(error).__name__}: {error})")
     checkpoint = Checkpoint.of(model, name, files, options.get("key_mapping"))
     if (tensor := meta.unplaced(model)) is not None:
         return _whole(name, f"it keeps numbers outside of parameters and buffers ({tensor})")
@@ -78,10 +80,11 @@ def plan_fresh(
         return _whole(name, reason)
     try:
         model = meta.build(auto_class, copy.deepcopy(config), dtype, attn_implementation)
+        small_copy(model)
         tensor, weights = meta.unplaced(model), FreshWeights()
         reason = weights.reason_against(model)
     except Exception as error:  # as above
-        return _whole(name, f"it cannot be built without memory ({type(error).__name__}: {error})")
+        return _whole(name, f"it cannot be built without memory, or not small ({type(error).__name__}: {error})")
     if tensor is not None:
         reason = f"it keeps numbers outside of parameters and buffers ({tensor})"
     return _whole(name, reason) if reason is not None else (model, weights)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from nemo_automodel._transformers import compat
 from nemo_automodel._transformers.meta import is_meta
-
-logger = logging.getLogger(__name__)
+from nemo_automodel._transformers.tiny_twin import tiny_twin
 
 _FOUND = "_automodel_"  # how the names start under which trials keep what they found
 
@@ -32,16 +29,11 @@ def tried_on(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 
 def small_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same class on the CPU, in float32, of a layer of each kind and a small vocabulary."""
-    config: Any = copy.deepcopy(model.config)
-    text = config.get_text_config()
-    kinds = list(getattr(text, "layer_types", None) or ())
-    wanted = max((kinds.index(kind) + 1 for kind in set(kinds)), default=1)
-    if getattr(text, "num_hidden_layers", 0) > wanted:
-        text.num_hidden_layers = wanted
-        if kinds:
-            text.layer_types = kinds[:wanted]
+    """A tiny twin of ``model``, of the same class and with its attention, on the CPU and in float32."""
+    twin = tiny_twin(model.config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        small = type(model)._from_config(config, dtype=torch.float32)
-    return small.eval()
+        small: PreTrainedModel = type(model)._from_config(
+            twin, dtype=torch.float32, attn_implementation=compat.attention_name(model)
+        )
+    return small
