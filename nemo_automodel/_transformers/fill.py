@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from nemo_automodel._transformers import compat, meta
 from nemo_automodel._transformers.compat import TensorGroup
 from nemo_automodel._transformers.loading import require_complete
-from nemo_automodel._transformers.shards import count, held, keep, local_of, take
 from nemo_automodel._transformers.weight_slices import Stored, pieces, same, stored_tensors, whole
 from nemo_automodel.components._peft.export import is_adapter_tensor
 from nemo_automodel.components._peft.linear import clean_name
+from nemo_automodel.components.checkpoint.shards import count, held, keep, local_of, take
 from nemo_automodel.errors import AutoModelError, ModelError
 
 

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from nemo_automodel._transformers import compat, meta
 from nemo_automodel._transformers.blocks import find_blocks
 from nemo_automodel._transformers.loading import first_ranks_seed
-from nemo_automodel._transformers.shards import keep
 from nemo_automodel.components._peft.linear import LoRAWeight
+from nemo_automodel.components.checkpoint.shards import keep
 
 
 class FreshWeights:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from nemo_automodel._transformers import compat
-from nemo_automodel._transformers.shards import local_of
+from nemo_automodel.components.checkpoint.shards import local_of
 from nemo_automodel.errors import ModelError
 
 

@@ -33,7 +33,8 @@ def small_copy(model: PreTrainedModel) -> PreTrainedModel:
     twin = tiny_twin(model.config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        small: PreTrainedModel = type(model)._from_config(
-            twin, dtype=torch.float32, attn_implementation=compat.attention_name(model)
-        )
+        small: PreTrainedModel = type(model)._from_config(twin, dtype=torch.float32)
+    attention = compat.attention_name(model)
+    if compat.attention_name(small) != attention and compat.attention_is_pluggable(small):
+        small.set_attn_implementation(attention)
     return small

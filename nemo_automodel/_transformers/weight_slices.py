@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemo_automodel._transformers.shards import Intervals, count, take
 from nemo_automodel._transformers.weight_files import read_header
+from nemo_automodel.components.checkpoint.shards import Intervals, count, take
 from nemo_automodel.errors import ModelError
 
 PIECE_BYTES = 32 << 20

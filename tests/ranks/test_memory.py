@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoConfig
 
 from nemo_automodel import NeMoAutoModelForCausalLM
-from nemo_automodel._transformers.shards import local_of
+from nemo_automodel.components.checkpoint.shards import local_of
 from nemo_automodel.components.distributed.env import DistEnv
 from nemo_automodel.components.distributed.fsdp2 import FSDP2Manager
 from tests.builders import tiny_config
