@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, core_model_loading, initialization
+from transformers import PretrainedConfig, PreTrainedModel, core_model_loading, initialization, modeling_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 
@@ -233,3 +233,55 @@ def load_generation_config(model: Any, name: str, **source: Any) -> None:
         return
     options = {"cache_dir": None, "force_download": False, "proxies": None, "local_files_only": False, "token": None}
     model.adjust_generation_fn(None, True, None, name, **{**options, "subfolder": "", **source})
+
+
+# --- saving: the reverse ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ExportGroup:
+    """Tensors of a model that become one or more of a checkpoint's together; ``outputs`` are on the meta device."""
+
+    inputs: list[str]
+    outputs: dict[str, Tensor]
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def export_groups(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> list[ExportGroup]:
+    """What ``save_pretrained`` would write of ``tensors`` (the model's, on the meta device; tied ones the same object).
+
+    Tied weights but for the one that is kept, and what the class does not save, are left out.
+    """
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    stand_ins: dict[int, Tensor] = {}
+    kept: Any = {n: stand_ins.setdefault(id(t), torch.empty(1)) for n, t in tensors.items() if n not in ignored}
+    kept = modeling_utils.remove_tied_weights_from_state_dict(kept, model)
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [c for c in conversions if not isinstance(c, core_model_loading.PrefixChange)]
+    model._weight_conversions = conversions  # type: ignore[assignment]
+    reverse = [c.reverse_transform() for c in conversions[::-1]]
+    converters = [c for c in reverse if isinstance(c, core_model_loading.WeightConverter)]
+    grouped: dict[Any, list[str]] = {}
+    for name in sorted(kept, key=core_model_loading.dot_natural_key) if conversions else kept:
+        grouped.setdefault(_reverse_group(name, converters), []).append(name)
+    groups = []
+    for names in grouped.values():
+        outputs = _reverted(model, {name: tensors[name] for name in names})
+        groups.append(ExportGroup(names, outputs, lambda given: _reverted(model, given)))
+    return groups
+
+
+def _reverse_group(name: str, converters: list[Any]) -> Any:
+    for number, converter in enumerate(converters):
+        renamed, pattern = converter.rename_source_key(name)
+        if pattern is not None:
+            return number, renamed
+    return name
+
+
+def _reverted(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    if not model._weight_conversions:
+        return tensors
+    return core_model_loading.revert_weight_conversion(model, tensors)

@@ -13,7 +13,10 @@ import pytest
 from transformers import AutoConfig
 
 from nemo_automodel import NeMoAutoModelForCausalLM
+from nemo_automodel.components.checkpoint.export import plan_export
+from nemo_automodel.components.checkpoint.ranks import Ranks
 from nemo_automodel.components.checkpoint.shards import local_of
+from nemo_automodel.components.checkpoint.stream import write_weights
 from nemo_automodel.components.distributed.env import DistEnv
 from nemo_automodel.components.distributed.fsdp2 import FSDP2Manager
 from tests.builders import tiny_config
@@ -42,6 +45,8 @@ def load(path: str, out: str) -> None:
     shard = sum(local_of(p).nbytes for p in model.parameters())
     figures = {"before": before, "shard": shard, "load": resident(peak=True) - before}
     figures["group"] = max(p.numel() * p.itemsize for p in model.parameters())
+    write_weights(Path(path) / "saved", plan_export(model, None), Ranks(env))
+    figures["save"] = resident(peak=True) - before
     Path(f"{out}.{env.rank}").write_text(json.dumps(figures))
     env.shutdown()
 
@@ -51,6 +56,7 @@ def load(path: str, out: str) -> None:
 def test_no_rank_ever_has_the_whole_model(family, tmp_path):
     config = AutoConfig.for_model(family, **HEADS, **SIZES[family])
     total = write_hollow(tmp_path, config)
+    (tmp_path / "saved").mkdir()
     assert total > 2 << 30
     torchrun("tests.ranks.test_memory:load", 2, tmp_path, tmp_path / "figures", timeout=500)
     for rank in range(2):
@@ -58,3 +64,6 @@ def test_no_rank_ever_has_the_whole_model(family, tmp_path):
         print(family, rank, {key: f"{value / 2**20:.0f} MiB" for key, value in figures.items()})
         assert abs(figures["shard"] - total / 2) < 0.05 * total
         assert figures["load"] < 1.2 * figures["shard"] + figures["group"]
+        assert figures["save"] < 1.2 * figures["shard"] + figures["group"]
+    written = sum(path.stat().st_size for path in (tmp_path / "saved").glob("*.safetensors"))
+    assert total < written < total + 2**20

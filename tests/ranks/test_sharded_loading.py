@@ -1,17 +1,19 @@
-"""Loading a model that is sharded before it has memory.
+"""Loading a model that is sharded before it has memory, and saving it.
 
 Claims: (1) every parameter and buffer is bit for bit what plain transformers loads, on 1, 2 and 4 ranks, sharded in one
 and in two dimensions, for plain, tied, renamed, fused and stacked weights, in bf16 and in fp32 masters of bf16 files;
-(2) fresh weights are the same for every number of ranks; (3) adapters start as they do on a whole model.
+(2) fresh weights are the same for every number of ranks; (3) adapters start the same then, too; (4) saved, its files hold, under the same names, what it was loaded from.
 """
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -20,6 +22,9 @@ from transformers import AutoModelForCausalLM
 from nemo_automodel import NeMoAutoModelForCausalLM
 from nemo_automodel._transformers import sharded
 from nemo_automodel.components._peft.lora import PeftConfig
+from nemo_automodel.components.checkpoint.export import plan_export
+from nemo_automodel.components.checkpoint.ranks import Ranks
+from nemo_automodel.components.checkpoint.stream import write_weights
 from nemo_automodel.components.distributed.env import DistEnv
 from nemo_automodel.components.distributed.fsdp2 import FSDP2Manager
 from tests.builders import tiny_config
@@ -102,7 +107,30 @@ def load(folder: str, kind: str, *families: str) -> None:
             assert model.training is plain.training is False
             assert model.generation_config.to_dict() == plain.generation_config.to_dict()
             assert [str(c) for c in model._weight_conversions] == [str(c) for c in plain._weight_conversions]
+            save(model, path, Path(folder) / "saved", env)
     env.shutdown()
+
+
+def save(model, source: str, out: Path, env: DistEnv) -> None:
+    """Stream the model out; the files hold what the checkpoint it came from holds, and no rank wrote them all."""
+    if env.is_main:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+    env.barrier()
+    export = plan_export(model, torch.bfloat16, file_bytes=12_000)
+    write_weights(out, export, Ranks(env))
+    if env.is_main:
+        assert len(export.files) > env.world_size, (source, len(export.files))
+        expected, found = stored(Path(source)), stored(out)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert found[name].dtype == tensor.dtype, name
+            assert torch.equal(found[name], tensor), name
+    env.barrier()
+
+
+def stored(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: t for path in sorted(directory.glob("*.safetensors")) for name, t in load_file(path).items()}
 
 
 @pytest.fixture(scope="module")

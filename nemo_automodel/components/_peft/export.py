@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
-from nemo_automodel.components._peft.linear import LoRALinear, clean_name, full_tensor, lora_layers
+from nemo_automodel.components._peft.linear import LoRALinear, clean_name, full_tensor, lora_layers, low_rank_sum
 
 PREFIX = "base_model.model."
+_AT_ONCE = 2**24  # numbers of a weight that are summed in fp32 at a time
 _ADAPTER_PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 
 
@@ -46,6 +49,33 @@ def merged_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
             continue
         tensors[key] = merged[key].merged_weight() if key in merged else tensor
     return tensors
+
+
+def weight_merges(model: nn.Module) -> dict[str, tuple[dict[str, torch.Tensor], Callable[..., torch.Tensor]]]:
+    """For each adapted weight of ``model``: its adapter's tensors, and the function of it and them that is the sum."""
+    return {f"{name}.weight": _merge_of(layer) for name, layer in lora_layers(model)}
+
+
+def _merge_of(layer: LoRALinear) -> tuple[dict[str, torch.Tensor], Callable[..., torch.Tensor]]:
+    tensors: dict[str, torch.Tensor] = {"a": layer.lora_A.weight, "b": layer.lora_B.weight}
+    if layer.lora_magnitude_vector is not None:
+        tensors["magnitude"] = layer.lora_magnitude_vector
+    scale, transposed = layer.lora_scale, layer.lora_transposed
+
+    @torch.no_grad()
+    def combine(
+        weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, magnitude: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        dense = weight.t() if transposed else weight
+        merged = torch.empty_like(dense)
+        rows = max(1, _AT_ONCE // dense.shape[1])
+        for start in range(0, len(dense), rows):
+            part = slice(start, start + rows)
+            norms = None if magnitude is None else magnitude[part]
+            merged[part] = low_rank_sum(dense[part], a, b[part], scale, norms)
+        return merged.t().contiguous() if transposed else merged
+
+    return tensors, combine
 
 
 def peft_target_modules(model: nn.Module) -> list[str]:

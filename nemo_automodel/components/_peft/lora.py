@@ -7,6 +7,7 @@ Read with ``linear.py`` (what an adapted layer computes), ``match.py`` (which la
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +15,12 @@ import torch
 import torch.distributed
 from torch import nn
 
-from nemo_automodel.components._peft.export import gathered_adapter_tensors, merged_tensors, peft_target_modules
+from nemo_automodel.components._peft.export import (
+    gathered_adapter_tensors,
+    merged_tensors,
+    peft_target_modules,
+    weight_merges,
+)
 from nemo_automodel.components._peft.linear import LoRALinear, adapt, lora_layers
 from nemo_automodel.components._peft.match import select_modules, summarize
 from nemo_automodel.errors import ConfigError, ModelError
@@ -146,6 +152,13 @@ class PeftConfig:
         Each weight is summed in fp32 and cast to the base's dtype. Sharded weights come back sharded.
         """
         return merged_tensors(model)
+
+    def merges(self, model: nn.Module) -> dict[str, tuple[dict[str, torch.Tensor], Callable[..., torch.Tensor]]]:
+        """For each adapted weight, its adapter's tensors and what makes the merged weight of whole ones.
+
+        ``merged_state_dict`` weight by weight: ``combine(weight, **tensors)`` returns the same values.
+        """
+        return weight_merges(model)
 
     def _report_kernel(self, model: nn.Module) -> bool:
         """Whether the Triton path can serve these adapters; the reason why not, or not yet, is logged once."""

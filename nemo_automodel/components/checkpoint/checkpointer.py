@@ -24,12 +24,14 @@ from typing import Any
 from nemo_automodel.components.checkpoint import publish
 from nemo_automodel.components.checkpoint.adapters import write_adapter
 from nemo_automodel.components.checkpoint.card import hub_id
+from nemo_automodel.components.checkpoint.export import Export, Merge, plan_export
 from nemo_automodel.components.checkpoint.fingerprint import compare, versions
-from nemo_automodel.components.checkpoint.hf import gather_weights, write_model
+from nemo_automodel.components.checkpoint.hf import gather_weights, write_beside, write_model
 from nemo_automodel.components.checkpoint.publish import BEST, LATEST, Found
 from nemo_automodel.components.checkpoint.ranks import Ranks
 from nemo_automodel.components.checkpoint.resume import load_resume, read_state, write_resume
 from nemo_automodel.components.checkpoint.serving import serving_advice
+from nemo_automodel.components.checkpoint.stream import write_weights
 from nemo_automodel.errors import CheckpointError, ConfigError, IncompatibleCheckpointError
 from nemo_automodel.types import TrainState
 
@@ -131,6 +133,27 @@ class Checkpointer:
             self._write_model(state, directory / "model")
 
     def _write_model(self, state: TrainState, directory: Path) -> None:
+        """Stream the weights out where the model can say how they are saved; gather them where it cannot."""
+        ranks, model, peft = self._ranks, state.model, state.peft
+        if not hasattr(model, "export_groups") or not (peft is None or hasattr(peft, "merges")):
+            return self._write_gathered(state, directory)
+        dtype = getattr(model, "export_dtype", None)
+
+        def plan() -> Export:
+            merges = {} if peft is None else {name: Merge(*merge) for name, merge in peft.merges(model).items()}
+            return plan_export(model, dtype, merges)
+
+        export = ranks.together("Planning the export", plan)
+        declared, datasets = dtype or getattr(model, "dtype", None), _datasets(state)
+
+        def beside() -> None:
+            write_beside(directory, model, export.tied, state.tokenizer, declared, datasets)
+
+        ranks.on_main("Writing the model's config", beside)
+        write_weights(directory, export, ranks)
+        return None
+
+    def _write_gathered(self, state: TrainState, directory: Path) -> None:
         ranks, model = self._ranks, state.model
         dtype = getattr(model, "export_dtype", None)
 
