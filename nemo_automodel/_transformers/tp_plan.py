@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from nemo_automodel._transformers import compat
 from nemo_automodel._transformers.blocks import find_stacks
@@ -33,13 +34,14 @@ _NOTHING_TO_DO = {"replicate", "local_params", "embedding_colwise"}  # whole on 
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_head", "n_heads", "head_dim", "num_key_value_groups")
 
 
-def tp_plan_for(model: nn.Module, tp_size: int) -> TensorParallelPlan:
-    """How to cut ``model`` into ``tp_size`` shards.
+def tp_plan_for(model: nn.Module, tp_mesh: DeviceMesh, sequence_parallel: bool = False) -> TensorParallelPlan:
+    """How to cut ``model`` over the one-dimensional ``tp_mesh``.
 
     Raises:
         ConfigError: its heads do not divide so.
         ModelError: it brings no plan, or one that cannot be carried out.
     """
+    tp_size = tp_mesh.size()
     styles = compat.own_tp_plan(model)
     if not styles:
         raise ModelError(f"distributed.tp_size={tp_size}: {type(model).__name__} brings no tensor-parallel plan")

@@ -6,7 +6,7 @@ torch.compile keeps its graph whole. ``Ranks`` names the process group; R is how
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,21 +23,28 @@ class Ranks:
     group_name: str
     size: int
     rank: int
+    group: Any = field(compare=False, repr=False)
 
     @classmethod
     def of(cls, mesh: DeviceMesh) -> Ranks:
         """The ranks of a one-dimensional ``mesh``."""
-        return cls(mesh.get_group().group_name, mesh.size(), mesh.get_local_rank())
+        return cls(mesh.get_group().group_name, mesh.size(), mesh.get_local_rank(), mesh.get_group())
+
+    def __deepcopy__(self, memo: Any) -> Ranks:
+        return self
 
 
 def all_reduce(x: Tensor, ranks: Ranks, op: str = "sum") -> Tensor:
     """Sum (or ``op``: "max") of ``x`` over the ranks; no gradient."""
+    if x.numel() == 0:
+        return x
     return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), op, ranks.group_name))
 
 
 def _all_gather(x: Tensor, dim: int, ranks: Ranks) -> Tensor:
-    out = _ops.all_gather_into_tensor(x.contiguous(), ranks.size, ranks.group_name)
-    out = _ops.wait_tensor(out)
+    if x.numel() == 0:
+        return torch.cat([x] * ranks.size, dim=dim)
+    out = _ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous(), ranks.size, ranks.group_name))
     if dim % x.ndim == 0:
         return out
     return torch.cat(out.chunk(ranks.size, dim=0), dim=dim)

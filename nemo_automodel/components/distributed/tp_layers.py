@@ -52,7 +52,7 @@ class Sequence:
 
     def trim(self, x: Tensor) -> Tensor:
         """``x`` [B, S, H] without that filler."""
-        return x[:, : self.length] if x.shape[1] != self.length else x
+        return x[:, : self.length].contiguous() if x.shape[1] != self.length else x
 
 
 class Sharded:
