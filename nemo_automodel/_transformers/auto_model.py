@@ -1,6 +1,7 @@
 """The autoclasses: a Hugging Face model, loaded, adapted, compiled and sharded, still of its own class.
 
-Order: load -> LoRA -> checkpoint activations -> compile each block -> shard. One function, ``_assemble``, is that order.
+Order: load -> LoRA -> tensor parallelism -> checkpoint activations -> compile each block -> shard. One function,
+``_assemble``, is that order.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from nemo_automodel._transformers.blocks import find_blocks
 from nemo_automodel._transformers.cp_check import require_context_parallel
 from nemo_automodel._transformers.mixin import adopt
 from nemo_automodel._transformers.packing_trial import require_packing
+from nemo_automodel._transformers.tp_plan import tp_plan_for
 from nemo_automodel._transformers.window_trial import find_window
 from nemo_automodel.components.attention import function as attention_function
 from nemo_automodel.components.distributed.activation_checkpointing import checkpoint_activations
+from nemo_automodel.components.distributed.tensor_parallel import tensor_parallelize
 from nemo_automodel.errors import ConfigError, ModelError
 
 logger = logging.getLogger(__name__)
@@ -183,6 +186,10 @@ def _assemble(
     if peft is not None:
         peft.apply(model)
         model.__dict__["_automodel_peft"] = peft  # save_pretrained describes the adapter by it
+    tp_mesh = getattr(distributed, "tp_mesh", None)  # a manager of the user's own may know no such thing
+    if tp_mesh is not None and tp_mesh.size() > 1:
+        along_sequence = getattr(distributed, "sequence_parallel", False)
+        tensor_parallelize(model, tp_plan_for(model, tp_mesh, along_sequence), tp_mesh, along_sequence)
     blocks = find_blocks(model)
     checkpoint_activations(blocks, getattr(distributed, "activation_checkpointing", "off"))
     if compile is not None:

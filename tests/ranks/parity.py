@@ -31,8 +31,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, the `distributed` s
     "FSDP2": (2, {}),
     "HSDP": (4, {"dp_replicate_size": 2}),
     "DDP": (2, {"_target_": "nemo_automodel.components.distributed.ddp.DDPManager"}),
+    "TP2": (2, {"tp_size": 2}),
+    "TP2+SP": (2, {"tp_size": 2, "sequence_parallel": True}),
     "CP2": (2, {"cp_size": 2}),
+    "FSDP2×TP2": (4, {"tp_size": 2}),
     "FSDP2×CP2": (4, {"cp_size": 2}),
+    "TP2×CP2": (4, {"tp_size": 2, "cp_size": 2}),
 }
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # model type, config
     "Llama": ("llama", {}),
