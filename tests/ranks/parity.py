@@ -33,8 +33,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, the `distributed` s
     "DDP": (2, {"_target_": "nemo_automodel.components.distributed.ddp.DDPManager"}),
     "TP2": (2, {"tp_size": 2}),
     "TP2+SP": (2, {"tp_size": 2, "sequence_parallel": True}),
+    "EP2": (2, {"ep_size": 2}),
     "CP2": (2, {"cp_size": 2}),
     "FSDP2×TP2": (4, {"tp_size": 2}),
+    "FSDP2×EP2": (4, {"ep_size": 2}),
+    "EP4": (4, {"ep_size": 4}),
     "FSDP2×CP2": (4, {"cp_size": 2}),
     "TP2×CP2": (4, {"tp_size": 2, "cp_size": 2}),
 }

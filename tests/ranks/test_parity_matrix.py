@@ -38,7 +38,7 @@ def cells_of(layout: str, whole: bool) -> list[Cell]:
         for peft in (False, True)
         for packed in (False, True)
         for dtype in ("float32", "float64")
-        if (dtype == "float32" or model in FLOAT64) and not ("TP" in layout and model == "GPT-2")  # has no plan
+        if (dtype == "float32" or model in FLOAT64) and not cannot(layout, model)
     ]
     if whole:
         return everything
@@ -48,6 +48,13 @@ def cells_of(layout: str, whole: bool) -> list[Cell]:
     chosen = zip(names, (False, True, True, False), (True, False, True, False), strict=True)
     wanted = {(m, peft, packed, "float64" if m in FLOAT64 else "float32") for m, peft, packed in chosen}
     return [c for c in everything if (c.model, c.peft, c.packed, c.dtype) in wanted]
+
+
+def cannot(layout: str, model: str) -> str | None:
+    """Why a cell does not apply, None where it does."""
+    if "EP" in layout and model != "MoE":
+        return "no experts"
+    return "no plan" if "TP" in layout and model == "GPT-2" else None
 
 
 def run(layout: str, cells: list[Cell], root: Path) -> dict[str, dict]:
@@ -102,7 +109,7 @@ def write_rows(layout: str, found: dict[str, dict]) -> None:
         rows = {key: line for key, line in rows.items() if key.split(" ")[0] != layout}
         for peft in ("SFT", "LoRA"):
             for kind in ("padded", "packed"):
-                cells = [_shown(found, f"{layout} {peft} {model} {kind}") for model in MODELS]
+                cells = [cannot(layout, m) or _shown(found, f"{layout} {peft} {m} {kind}") for m in MODELS]
                 rows[f"{layout} {peft} {kind}"] = f"| {layout} {peft} {kind} | " + " | ".join(cells) + " |"
         order = list(LAYOUTS)
         ordered = sorted(rows, key=lambda key: order.index(key.split(" ")[0]))
@@ -114,7 +121,7 @@ def write_rows(layout: str, found: dict[str, dict]) -> None:
 def _shown(found: dict[str, dict], name: str) -> str:
     """Errors to one digit are noisy in the last place: powers of ten do."""
     values = [found[f"{name} {dtype}"]["gradient"] for dtype in GRADIENT if f"{name} {dtype}" in found]
-    return "no plan" if not values else " / ".join(f"<{10.0 ** _ceil(v):.0e}" for v in values)
+    return " / ".join(f"<{10.0 ** _ceil(v):.0e}" for v in values)
 
 
 def _ceil(value: float) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from nemo_automodel.components.distributed.activation_checkpointing import require_mode
-from nemo_automodel.components.distributed.fsdp2 import shard, sync_gradients
+from nemo_automodel.components.distributed.fsdp2 import over, shard, sync_gradients
 from nemo_automodel.components.distributed.mesh import MeshManager, MeshSizes, data_parallel_size, place
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class DDPManager(MeshManager):
         """Let gradients of ``model`` be summed over ranks in float32, block by block while backward goes on."""
         if not any(p.is_meta for p in model.parameters()):
             model.to(self.device)
-        mesh = self.mesh["dp_replicate", "dp_shard_cp"] if self.dp_size > 1 else self.mesh["dp_shard_cp"]
+        mesh = over(self.mesh, "dp_shard_cp")
         shard(model, blocks, mesh=mesh, compute_dtype=compute_dtype, reduce_dtype=torch.float32, reshard=False)
         return model
 

@@ -15,7 +15,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from nemo_automodel.components.distributed.activation_checkpointing import require_mode
-from nemo_automodel.components.distributed.mesh import MeshManager, MeshSizes, data_parallel_size, place, replicas
+from nemo_automodel.components.distributed.expert_parallel import ParallelExperts
+from nemo_automodel.components.distributed.mesh import (
+    MeshManager,
+    MeshSizes,
+    data_parallel_size,
+    place,
+    replicas,
+    require_expert_ranks,
+)
 from nemo_automodel.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,6 +40,8 @@ class FSDP2Manager(MeshManager):
             leave, or their number.
         tp_size: Ranks that share each layer (tensor parallelism). Default 1.
         cp_size: Ranks that share each sequence (context parallelism). Default 1.
+        ep_size: Ranks, of the data- and context-parallel ones, that share the experts of each mixture-of-experts layer
+            (expert parallelism); not together with ``tp_size``. Default 1.
         sequence_parallel: With ``tp_size`` > 1: shard activations along the sequence between tensor-parallel regions.
         dp_replicate_size: Of the data-parallel ranks, how many hold a copy of the same shards (HSDP): weights are
             gathered within ``dp_size / dp_replicate_size`` ranks, gradients summed over all. Default 1.
@@ -55,6 +65,7 @@ class FSDP2Manager(MeshManager):
         dp_size: int | str | None = "none",
         tp_size: int = 1,
         cp_size: int = 1,
+        ep_size: int = 1,
         sequence_parallel: bool = False,
         dp_replicate_size: int = 1,
         pp_size: int = 1,
@@ -80,7 +91,9 @@ class FSDP2Manager(MeshManager):
         if offload and device.type == "cpu":
             raise ConfigError("distributed.offload=true: the run is on the CPU already; leave it out")
         dp = data_parallel_size(world_size, dp_size, tp_size, cp_size)
-        super().__init__(MeshSizes(*replicas(dp, dp_replicate_size), cp=cp_size, tp=tp_size), device)
+        copies, shards = replicas(dp, dp_replicate_size)
+        require_expert_ranks(ep_size, shards * cp_size, tp_size)
+        super().__init__(MeshSizes(copies, shards, cp=cp_size, tp=tp_size, ep=ep_size), device)
         self.sequence_parallel = sequence_parallel
         self.activation_checkpointing = activation_checkpointing
         self.reshard_after_forward = reshard_after_forward
@@ -103,7 +116,8 @@ class FSDP2Manager(MeshManager):
         shard(
             model,
             blocks,
-            mesh=self.mesh["dp_replicate", "dp_shard_cp"] if self.sizes.dp_replicate > 1 else self.mesh["dp_shard_cp"],
+            mesh=over(self.mesh, "dp_shard_cp"),
+            expert_mesh=over(self.expert_mesh, "dp_shard_ep") if self.expert_mesh is not None else None,
             compute_dtype=compute_dtype,
             reduce_dtype=self.reduce_dtype,
             reshard=shards > 1 if self.reshard_after_forward is None else self.reshard_after_forward,
@@ -122,12 +136,16 @@ def shard(
     blocks: Sequence[nn.Module],
     *,
     mesh: DeviceMesh,
+    expert_mesh: DeviceMesh | None = None,
     compute_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
     reshard: bool,
     offload: OffloadPolicy | None = None,
 ) -> None:
-    """``fully_shard`` each of ``blocks`` and what is left, over ``mesh`` (``[shards]`` or ``[replicas, shards]``)."""
+    """``fully_shard`` each of ``blocks`` and what is left, over ``mesh`` (``[shards]`` or ``[replicas, shards]``).
+
+    Modules whose experts are shared out already are sharded by themselves, over what that leaves: ``expert_mesh``.
+    """
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if compute_dtype == torch.float64:
         reduce_dtype = compute_dtype
@@ -140,18 +158,25 @@ def shard(
     offloaded = isinstance(offload, CPUOffloadPolicy)
     left_out = {p for p in model.parameters() if alone and not offloaded and p.dtype == compute_dtype}
     options: dict[str, Any] = {
-        "mesh": mesh,
         "mp_policy": policy,
         "ignored_params": left_out,
         "offload_policy": offload or OffloadPolicy(),
     }
+    experts = [m for m in model.modules() if isinstance(m, ParallelExperts)] if expert_mesh is not None else []
+    for expert in experts:
+        fully_shard(expert, mesh=expert_mesh, reshard_after_forward=reshard, **options)
     for block in blocks:
-        fully_shard(block, reshard_after_forward=reshard and block is not blocks[-1], **options)
-    fully_shard(model, **options)
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard and block is not blocks[-1], **options)
+    fully_shard(model, mesh=mesh, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule) and not alone:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def over(mesh: DeviceMesh, shards: str) -> DeviceMesh:
+    """The dimensions of ``mesh`` that ``fully_shard`` is given: replicas, where there are any, and ``shards``."""
+    return mesh["dp_replicate", shards] if mesh["dp_replicate"].size() > 1 else mesh[shards]
 
 
 def sync_gradients(model: nn.Module, last_micro_batch: bool) -> None:

@@ -23,12 +23,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MeshSizes:
-    """How many ranks each kind of parallelism has; their product is the number of processes."""
+    """How many ranks each kind of parallelism has; but for ``ep`` their product is the number of processes.
+
+    ``ep`` ranks, of those that shard the weights, share a layer's experts; it divides ``dp_shard x cp``.
+    """
 
     dp_replicate: int
     dp_shard: int
     cp: int
     tp: int
+    ep: int = 1
 
     @property
     def dp(self) -> int:
@@ -44,6 +48,7 @@ class MeshManager:
         sizes: Ranks of each kind.
         mesh: The view that weights are spread over: ``dp_replicate``, ``dp_shard_cp``, ``tp``.
         cp_mesh, tp_mesh: One-dimensional meshes of the ranks that share this one's rows, and its tokens.
+        expert_mesh: The view that experts are spread over: ``dp_replicate``, ``dp_shard_ep``, ``ep``.
         dp_rank, dp_size: This rank among those that see different data.
     """
 
@@ -53,6 +58,12 @@ class MeshManager:
         self.mesh = init_device_mesh(device.type, weights, mesh_dim_names=("dp_replicate", "dp_shard_cp", "tp"))
         data = init_device_mesh(device.type, (sizes.dp, sizes.cp, sizes.tp), mesh_dim_names=("dp", "cp", "tp"))
         of_loss = init_device_mesh(device.type, (sizes.dp * sizes.cp, sizes.tp), mesh_dim_names=("dp_cp", "tp"))
+        of_experts = (sizes.dp_replicate, sizes.dp_shard * sizes.cp // sizes.ep, sizes.ep)
+        self.expert_mesh: DeviceMesh | None = None
+        if sizes.ep > 1:
+            self.expert_mesh = init_device_mesh(
+                device.type, of_experts, mesh_dim_names=("dp_replicate", "dp_shard_ep", "ep")
+            )
         self.tp_mesh: DeviceMesh = self.mesh["tp"]
         self.cp_mesh: DeviceMesh = data["cp"]
         self._loss_mesh: DeviceMesh = of_loss["dp_cp"]
@@ -114,3 +125,18 @@ def replicas(dp_size: int, dp_replicate_size: int) -> tuple[int, int]:
             f"write one of {', '.join(map(str, fitting))}"
         )
     return dp_replicate_size, dp_size // dp_replicate_size
+
+
+def require_expert_ranks(ep_size: int, shards: int, tp_size: int) -> None:
+    """Raise ConfigError where ``ep_size`` does not divide the ranks that share the weights."""
+    if ep_size < 1 or shards % ep_size:
+        fitting = [n for n in range(1, shards + 1) if shards % n == 0]
+        raise ConfigError(
+            f"distributed.ep_size={ep_size}: does not divide the {shards} rank(s) that share the weights "
+            f"(dp_size / dp_replicate_size x cp_size); write one of {', '.join(map(str, fitting))}"
+        )
+    if ep_size > 1 and tp_size > 1:
+        raise ConfigError(
+            f"distributed.ep_size={ep_size}: not together with tp_size={tp_size} in this release; write tp_size: 1, or "
+            "ep_size: 1 (tensor parallelism then shares each expert)"
+        )
