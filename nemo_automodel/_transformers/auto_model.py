@@ -1,8 +1,8 @@
 """The autoclasses: a Hugging Face model, loaded, adapted, compiled and sharded, still of its own class.
 
-Order: build -> LoRA -> compile each block -> shard -> load. One function, ``_assemble``, is that order. What is built has
-no memory yet (the meta device) where the model will be sharded, so that no rank ever holds all of it; where it will not be,
-or cannot be loaded that way, weights come first.
+Order: build -> LoRA -> tensor or expert parallelism -> checkpoint activations -> compile each block -> shard -> load. One
+function, ``_assemble``, is that order. What is built has no memory yet (the meta device) where the model will be sharded, so
+that no rank ever holds all of it; where it will not be, or cannot be loaded that way, weights come first.
 """
 
 from __future__ import annotations
@@ -15,12 +15,18 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from nemo_automodel._transformers import compat, loading, sharded
 from nemo_automodel._transformers.blocks import find_blocks
+from nemo_automodel._transformers.cp_check import require_context_parallel
+from nemo_automodel._transformers.ep_plan import ep_plan_for
 from nemo_automodel._transformers.mixin import adopt
 from nemo_automodel._transformers.packing_trial import require_packing
+from nemo_automodel._transformers.tp_plan import tp_plan_for
 from nemo_automodel._transformers.trial import tried_on
 from nemo_automodel._transformers.window_trial import find_window
 from nemo_automodel.components._peft.lora import reset_adapters
 from nemo_automodel.components.attention import function as attention_function
+from nemo_automodel.components.distributed.activation_checkpointing import checkpoint_activations
+from nemo_automodel.components.distributed.expert_parallel import expert_parallelize
+from nemo_automodel.components.distributed.tensor_parallel import tensor_parallelize
 from nemo_automodel.errors import ConfigError, ModelError
 
 logger = logging.getLogger(__name__)
@@ -172,21 +178,32 @@ def _assemble(
 ) -> Any:
     model = adopt(model)
     _choose_attention(model, attn_implementation)
+    sizes = getattr(distributed, "sizes", None)  # of our own managers; a user's shards in its own way
     with tried_on(model) as whole:  # what is found out by running it, while nothing is sharded
         find_window(whole)
         if packed:
             require_packing(whole)
+        if sizes is not None and sizes.cp > 1:
+            require_context_parallel(whole)
     device = next(model.parameters()).device if distributed is None else torch.device(distributed.device)
     if peft is not None:
         peft.apply(model)
         model.__dict__["_automodel_peft"] = peft  # save_pretrained describes the adapter by it
+    tp_mesh = getattr(distributed, "tp_mesh", None)  # a manager of the user's own may know no such thing
+    if tp_mesh is not None and tp_mesh.size() > 1:
+        along_sequence = getattr(distributed, "sequence_parallel", False)
+        tensor_parallelize(model, tp_plan_for(model, tp_mesh, along_sequence), tp_mesh, along_sequence)
+    expert_mesh = getattr(distributed, "expert_mesh", None)
+    if expert_mesh is not None:
+        expert_parallelize(model, ep_plan_for(model), expert_mesh["ep"])
     blocks = find_blocks(model)
+    checkpoint_activations(blocks, getattr(distributed, "activation_checkpointing", "off"))
     if compile is not None:
         compile.apply(blocks, device)
     if distributed is not None:
         model = distributed.parallelize(model, blocks, compute_dtype)
     if weights is not None:
-        weights.fill(model, device)
+        weights.fill(model, device, offload=getattr(distributed, "offload", False))
         if peft is not None:
             reset_adapters(model)
     return model

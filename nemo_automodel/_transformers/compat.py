@@ -285,3 +285,13 @@ def _reverted(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, T
     if not model._weight_conversions:
         return tensors
     return core_model_loading.revert_weight_conversion(model, tensors)
+
+
+def own_ep_plan(model: nn.Module) -> dict[str, str]:
+    """The expert-parallel styles that the model brings: module or parameter name, layers as ``*`` -> style."""
+    return dict(getattr(model, "_ep_plan", None) or {})
+
+
+def own_tp_plan(model: nn.Module) -> dict[str, str]:
+    """The tensor-parallel styles that the model brings: module or parameter name, layers as ``*`` -> style."""
+    return dict(getattr(model, "_tp_plan", None) or {})

@@ -50,12 +50,12 @@ class Checkpoint:
                 return target
         return None
 
-    def fill(self, model: PreTrainedModel, device: torch.device) -> None:
-        """Give ``model`` memory on ``device`` and load every tensor of it; every rank calls it.
+    def fill(self, model: PreTrainedModel, device: torch.device, offload: bool = False) -> None:
+        """Give ``model`` memory on ``device`` (weights on the CPU under ``offload``) and load it; every rank calls it.
 
         Raises ModelError, on every rank the same: the checkpoint is not the model's, or damaged.
         """
-        meta.materialize(model, device)
+        meta.materialize(model, device, torch.device("cpu") if offload else device)
         meta.set_buffers(model)
         _same_on_all_ranks(lambda: self._load(model))
 

@@ -23,9 +23,9 @@ from nemo_automodel.components.checkpoint.shards import keep
 class FreshWeights:
     """Draws the weights of a model by its own initialisation once it is sharded."""
 
-    def fill(self, model: PreTrainedModel, device: torch.device) -> None:
-        """Give ``model`` memory on ``device`` and set every tensor of it; every rank calls it."""
-        meta.materialize(model, device)
+    def fill(self, model: PreTrainedModel, device: torch.device, offload: bool = False) -> None:
+        """Give ``model`` memory on ``device`` (weights on the CPU under ``offload``) and set all; every rank calls it."""
+        meta.materialize(model, device, torch.device("cpu") if offload else device)
         done: list[nn.Parameter] = []
         with first_ranks_seed(device), torch.no_grad(), compat.skipping_initialized(done):
             for unit, initialize in _units(model):

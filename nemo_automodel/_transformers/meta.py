@@ -47,14 +47,14 @@ def unplaced(model: nn.Module) -> str | None:
     return None
 
 
-def materialize(model: nn.Module, device: torch.device) -> None:
-    """Give every tensor of ``model`` memory on ``device`` (of a sharded one this rank's part), values not yet set.
+def materialize(model: nn.Module, device: torch.device, weights_on: torch.device) -> None:
+    """Give every buffer memory on ``device`` and every parameter on ``weights_on``, of a sharded one this rank's part.
 
     Parameters stay the objects they are, so that ties, and whoever holds them, keep.
     """
     for parameter in dict.fromkeys(model.parameters()):
         if parameter.is_meta:
-            _replace(parameter, _empty(parameter, device))
+            _replace(parameter, _empty(parameter, weights_on))
     placed: dict[int, Tensor] = {}
     for module in model.modules():
         for name, buffer in module._buffers.items():
