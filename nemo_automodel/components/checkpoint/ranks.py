@@ -26,7 +26,7 @@ class Ranks:
 
     def __init__(self, env: Any | None):
         self._env = env
-        self._group: Any = None
+        self.group: Any = None  # the process group that they agree through; None until ``connect``, or for one process
         self.rank: int = 0 if env is None else env.rank
         self.world_size: int = 1 if env is None else env.world_size
         self.is_main = self.rank == 0
@@ -37,7 +37,7 @@ class Ranks:
             return [value]
         self.connect()
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._group)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def connect(self) -> None:
@@ -45,19 +45,19 @@ class Ranks:
 
         Through the hosts, apart from what training sends, and patient: a rank may be writing for long.
         """
-        if self._group is None and self.world_size > 1:
+        if self.group is None and self.world_size > 1:
             assert self._env is not None
             self._env.barrier()
-            self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+            self.group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
 
     def send(self, tensor: torch.Tensor, rank: int) -> Callable[[], None]:
         """Start sending ``tensor`` (contiguous, on the CPU) to ``rank``; the call that is returned waits for its end."""
-        work = dist.isend(tensor, group=self._group, group_dst=rank)
+        work = dist.isend(tensor, group=self.group, group_dst=rank)
         return lambda: _finish(work, tensor)
 
     def receive(self, tensor: torch.Tensor, rank: int) -> Callable[[], None]:
         """Start receiving into ``tensor``, as ``send``."""
-        work = dist.irecv(tensor, group=self._group, group_src=rank)
+        work = dist.irecv(tensor, group=self.group, group_src=rank)
         return lambda: _finish(work, tensor)
 
     def together(self, what: str, step: Callable[[], T]) -> T:

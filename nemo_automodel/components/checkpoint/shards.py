@@ -21,6 +21,15 @@ def local_of(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def like_local(tensor: Tensor, local: Tensor) -> Tensor:
+    """A tensor that is sharded as ``tensor`` is, with ``local`` as this rank's part."""
+    if not isinstance(tensor, DTensor):
+        return local
+    return DTensor.from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
 def held(tensor: Tensor) -> tuple[Intervals, ...]:
     """For each dimension of ``tensor``, where in the whole this rank's part lies; communicates nothing."""
     if not isinstance(tensor, DTensor):

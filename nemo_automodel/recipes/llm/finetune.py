@@ -98,6 +98,7 @@ def main(cfg: Config) -> None:
         optimizer.step()
         lr_scheduler.step()
         optimizer.zero_grad()
+        checkpointer.check()  # raises what went wrong with a save in the background
 
         if schedule.should_log:
             mean_loss = dist.all_reduce_sum(loss_sum) / num_label_tokens.clamp(min=1)
