@@ -56,7 +56,7 @@ class Checkpoint:
         Raises ModelError, on every rank the same: the checkpoint is not the model's, or damaged.
         """
         meta.materialize(model, device, torch.device("cpu") if offload else device)
-        meta.set_buffers(model)
+        meta.set_buffers(model, device)
         _same_on_all_ranks(lambda: self._load(model))
 
     @torch.no_grad()

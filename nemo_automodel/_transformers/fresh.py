@@ -26,12 +26,12 @@ class FreshWeights:
     def fill(self, model: PreTrainedModel, device: torch.device, offload: bool = False) -> None:
         """Give ``model`` memory on ``device`` (weights on the CPU under ``offload``) and set all; every rank calls it."""
         meta.materialize(model, device, torch.device("cpu") if offload else device)
+        meta.set_buffers(model, device)
         done: list[nn.Parameter] = []
         with first_ranks_seed(device), torch.no_grad(), compat.skipping_initialized(done):
             for unit, initialize in _units(model):
                 with _whole(unit, device, done):
                     initialize()
-        meta.set_buffers(model)
 
     def reason_against(self, model: PreTrainedModel) -> str | None:
         """Why ``model`` (on the meta device, unsharded) cannot have its weights drawn block by block, or None."""

@@ -62,15 +62,16 @@ def materialize(model: nn.Module, device: torch.device, weights_on: torch.device
                 module._buffers[name] = placed.setdefault(id(buffer), _empty(buffer, device))
 
 
-def set_buffers(model: PreTrainedModel) -> None:
+def set_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Compute the buffers that no checkpoint holds (rotary frequencies, ...) as the model's own code does.
 
-    Raises ModelError where one is left unset. Call it before the weights are loaded.
+    Raises ModelError where one is left unset. Call it before the weights are set: it may write into some of them.
     """
     buffers = dict(model.named_buffers())
     for buffer in buffers.values():
         local_of(buffer).fill_(_unset(buffer.dtype))
-    compat.initialize_where_unset(model, model.parameters())
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        compat.initialize_where_unset(model, model.parameters())
     saved = set(model.state_dict())
     for name in buffers:
         if name not in saved and _is_unset(local_of(model.get_buffer(name))):

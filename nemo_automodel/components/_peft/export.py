@@ -7,7 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from nemo_automodel.components._peft.linear import LoRALinear, clean_name, full_tensor, lora_layers, low_rank_sum
+from nemo_automodel.components._peft.linear import (
+    LoRALinear,
+    clean_name,
+    full_tensor,
+    lora_layers,
+    low_rank_sum,
+    stored,
+)
 
 PREFIX = "base_model.model."
 _AT_ONCE = 2**24  # numbers of a weight that are summed in fp32 at a time
@@ -58,9 +65,10 @@ def weight_merges(model: nn.Module) -> dict[str, tuple[dict[str, torch.Tensor], 
 
 
 def _merge_of(layer: LoRALinear) -> tuple[dict[str, torch.Tensor], Callable[..., torch.Tensor]]:
-    tensors: dict[str, torch.Tensor] = {"a": layer.lora_A.weight, "b": layer.lora_B.weight}
-    if layer.lora_magnitude_vector is not None:
-        tensors["magnitude"] = layer.lora_magnitude_vector
+    tensors: dict[str, torch.Tensor] = {"a": stored(layer.lora_A, "weight"), "b": stored(layer.lora_B, "weight")}
+    magnitudes = layer._parameters["lora_magnitude_vector"]
+    if magnitudes is not None:
+        tensors["magnitude"] = magnitudes
     scale, transposed = layer.lora_scale, layer.lora_transposed
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor import empty as empty_dtensor
 
 from nemo_automodel.components.checkpoint import plain
@@ -156,11 +156,11 @@ def _placements(value: torch.Tensor) -> list[int] | None:
     """Of a sharded tensor, per mesh dimension: the sharded dimension, or -1 where it is replicated."""
     if not isinstance(value, DTensor):
         return None
-    if not all(isinstance(placement, Shard | Replicate) for placement in value.placements):
+    if any(isinstance(placement, Partial) for placement in value.placements):
         raise CheckpointError(
             f"optimizer state with placements {value.placements} cannot be saved; shard or replicate it"
         )
-    return [placement.dim if isinstance(placement, Shard) else -1 for placement in value.placements]
+    return [getattr(placement, "dim", -1) for placement in value.placements]
 
 
 def _empty_state(param: torch.Tensor, dtype: torch.dtype, size: torch.Size, entry: Mapping[str, Any]) -> torch.Tensor:

@@ -23,11 +23,16 @@ from tests.unit.checkpoint.runs import make_state, train
 ASYNC = os.environ.get("ASYNC_SAVES") == "1"
 
 
-def run(root, steps):
-    """Resume, then train and save every step, noting each loss on the disk at once."""
+def start():
     state = make_state()
     if ASYNC:
         adopt(state.model)  # so that its weights are streamed, too
+    return state
+
+
+def run(root, steps):
+    """Resume, then train and save every step, noting each loss on the disk at once."""
+    state = start()
     checkpointer = Checkpointer(None, str(root / "ckpt"), restore_from="latest", keep_last=2, async_save=ASYNC)
     checkpointer.restore(state)
     with (root / "trace").open("a", buffering=1) as log:
@@ -68,7 +73,7 @@ def check(root, must_exist):
 def compare_traces(root):
     lines = [json.loads(line) for line in (root / "trace").read_text().splitlines()]
     last = max(step for step, _ in lines)
-    expected = train(make_state(), last)
+    expected = train(start(), last)
     wrong = [(step, loss) for step, loss in lines if loss != expected[step - 1]]
     assert not wrong, wrong
     return last
