@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from nemo_automodel._transformers import compat
-from nemo_automodel.components.checkpoint.shards import local_of
+from nemo_automodel.components.checkpoint.shards import like_local, local_of
 from nemo_automodel.errors import ModelError
 
 
@@ -81,10 +81,7 @@ def set_buffers(model: PreTrainedModel, device: torch.device) -> None:
 def _empty(tensor: Tensor, device: torch.device) -> Tensor:
     if not isinstance(tensor, DTensor):
         return torch.empty_like(tensor, device=device)
-    local = torch.empty_like(tensor.to_local(), device=device)
-    return DTensor.from_local(
-        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-    )
+    return like_local(tensor, torch.empty_like(tensor.to_local(), device=device))
 
 
 @torch.no_grad()

@@ -22,12 +22,10 @@ def local_of(tensor: Tensor) -> Tensor:
 
 
 def like_local(tensor: Tensor, local: Tensor) -> Tensor:
-    """A tensor that is sharded as ``tensor`` is, with ``local`` as this rank's part."""
+    """A tensor that is sharded as ``tensor`` is, with ``local`` as this rank's part, on whichever device that is."""
     if not isinstance(tensor, DTensor):
         return local
-    return DTensor.from_local(
-        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-    )
+    return DTensor(local, tensor._spec, requires_grad=False)  # ``from_local`` would move it to the mesh's device
 
 
 def held(tensor: Tensor) -> tuple[Intervals, ...]:
