@@ -95,6 +95,8 @@ def _kinds(
     elif layer.kind == "column":
         entered = bool(plan.regions & _prefixes(name))
         found.append((tp_layers.Column, {"tp_gather": layer.whole, "tp_entered": entered}))
+        if not isinstance(module, nn.Linear):  # Conv1D shapes its output by this number
+            module.nf = module.nf // ranks.size  # type: ignore[operator,assignment]
     elif layer.kind == "row":
         found.append((tp_layers.Row, {"tp_split": layer.whole}))
     elif layer.kind == "vocabulary":
@@ -125,7 +127,22 @@ def _storage(modules: Mapping[str, nn.Module], plan: TensorParallelPlan) -> dict
         storage |= _layer_storage(name, modules[name], layer)
     for name, own in plan.parameters.items():
         storage[name] = own
-    return storage
+    return storage | _of_shared_vectors(modules, storage)
+
+
+def _of_shared_vectors(modules: Mapping[str, nn.Module], storage: Mapping[str, Storage]) -> dict[str, Storage]:
+    """A vector that a cut layer shares with a module that only names it (a head's bias) is cut for both."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for module_name, module in modules.items():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter.ndim == 1:
+                names.setdefault(parameter, []).append(_join(module_name, key))
+    shared: dict[str, Storage] = {}
+    for group in names.values():
+        cut = next((storage[name] for name in group if storage[name].dim is not None), None)
+        if cut is not None and len(group) > 1:
+            shared |= dict.fromkeys(group, cut)
+    return shared
 
 
 def _layer_storage(name: str, module: nn.Module, layer: Layer) -> dict[str, Storage]:
