@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from nemo_automodel._transformers.forward import forward_loss
+from nemo_automodel._transformers.mixin import adopt
 from nemo_automodel._transformers.packing_trial import require_packing
 from nemo_automodel._transformers.tp_plan import plan_from_styles, require_heads, tp_plan_for
 from nemo_automodel._transformers.tp_proof import Twin
@@ -165,7 +166,7 @@ def shards() -> None:
         grads = {n: p.grad.clone() for n, p in alone.named_parameters() if p.requires_grad}
         norm = torch.nn.utils.clip_grad_norm_(alone.parameters(), 1e9)
         for sharded in (False, True):
-            model = build(kind, register(), lora, torch.float32)
+            model = adopt(build(kind, register(), lora, torch.float32))
             tensor_parallelize(model, tp_plan_for(model, mesh["tp"], lora is True), mesh["tp"], lora is True)
             if sharded:
                 for block in model.model.layers if kind == "llama" else model.transformer.h:

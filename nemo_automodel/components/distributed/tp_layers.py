@@ -65,8 +65,9 @@ class Sharded:
     def tp_parameter(self, name: str) -> Tensor | None:
         """Parameter ``name`` as forward sees it; a parameter that FSDP2 has sharded is returned as it is."""
         parameter = self._parameters.get(name)  # type: ignore[attr-defined]
-        if not isinstance(parameter, DTensor) or len(parameter.placements) != 1:
+        if not _is_here(parameter):
             return parameter
+        assert isinstance(parameter, DTensor)
         storage, local = self.tp_storage[name], parameter.to_local()
         if storage.summed:
             return copy_to_ranks(local, self.tp_ranks) if local.requires_grad else local
@@ -263,11 +264,16 @@ def _seen(name: str) -> property:
     return property(lambda self: self.tp_parameter(name))
 
 
-def _no_bias(self: Sharded) -> None:
-    return None
+def _no_bias(self: Any) -> Tensor | None:
+    bias = self._parameters["bias"]
+    return None if _is_here(bias) else bias
 
 
-def _zero_bias(self: Sharded) -> Tensor:
-    bias = self.tp_parameter("bias")
-    assert bias is not None
-    return torch.zeros_like(bias, requires_grad=False)
+def _zero_bias(self: Any) -> Tensor | None:
+    bias = self._parameters["bias"]
+    return torch.zeros_like(bias.to_local(), requires_grad=False) if _is_here(bias) else bias
+
+
+def _is_here(parameter: Any) -> bool:
+    """Whether ``parameter`` is sharded by tensor parallelism alone, not by FSDP2 too."""
+    return isinstance(parameter, DTensor) and len(parameter.placements) == 1
