@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate
 
 
 class GradClipper:
@@ -46,7 +46,7 @@ def global_grad_norm(grads: list[torch.Tensor]) -> torch.Tensor:
         square_sum = torch.stack(norms).square().sum()
         mesh, placements = key if key else (None, ())
         for dim, placement in enumerate(placements):
-            if isinstance(placement, Shard) and mesh.size(dim) > 1:
+            if not isinstance(placement, Replicate) and mesh.size(dim) > 1:  # strided shards are no Shard
                 dist.all_reduce(square_sum, group=mesh.get_group(dim))
         total += square_sum
     return total.sqrt()
