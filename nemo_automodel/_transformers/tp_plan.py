@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -32,8 +33,10 @@ _LAYERS = {
     "packed_colwise": Layer("column", parts=(1, 1)),
     "packed_rowwise": Layer("row", parts=(1, 1)),
     "moe_tp_experts": Layer("experts"),
+    "moe_identity_expert": Layer("identity"),
 }
 _NOTHING_TO_DO = {"replicate", "local_params", "embedding_colwise"}  # whole on each rank is right for these
+_WORTH = 0.1  # of the blocks' parameters; below it, tensor parallelism only costs
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_head", "n_heads", "head_dim", "num_key_value_groups")
 
 
@@ -50,28 +53,37 @@ def tp_plan_for(model: nn.Module, tp_mesh: DeviceMesh, sequence_parallel: bool =
     tp_size = tp_mesh.size()
     name = compat.base_class(model).__name__
     styles = compat.own_tp_plan(model)
-    blocked = None
+    plan, objection = None, None
     if any(style in _LAYERS for style in styles.values()):
         try:
             plan = plan_from_styles(model, styles, tp_size)
             require_heads(model, plan, tp_size)
-            twin = Twin(model, tp_mesh)
-            blocked = twin.objection(lambda copy: plan_from_styles(copy, styles, tp_size), sequence_parallel)
-            if blocked is None:
-                return plan
         except ModelError as error:
-            blocked = str(error)
-        logger.warning("%s: its own tensor-parallel plan is not used, because %s", name, blocked)
-    return _inferred_plan(model, name, tp_mesh, sequence_parallel)
+            objection = str(error)
+    try:
+        twin = Twin(model, tp_mesh)
+    except ModelError as error:
+        if plan is None:
+            raise ModelError(f"distributed.tp_size={tp_size}: {error}, so no plan can be proved; write tp_size: 1")
+        logger.warning("%s; its own tensor-parallel plan is used unproved", error)
+        return plan
+    if plan is not None:
+        objection = twin.objection(partial(plan_from_styles, styles=styles, tp_size=tp_size), sequence_parallel)
+        if objection is None:
+            return plan
+    if objection is not None:
+        logger.warning("%s: its own tensor-parallel plan is not used, because with it %s", name, objection)
+    return _inferred_plan(model, name, twin, tp_size, sequence_parallel)
 
 
-def _inferred_plan(model: nn.Module, name: str, tp_mesh: DeviceMesh, sequence_parallel: bool) -> TensorParallelPlan:
-    tp_size = tp_mesh.size()
-    twin = Twin(model, tp_mesh)
+def _inferred_plan(
+    model: nn.Module, name: str, twin: Twin, tp_size: int, sequence_parallel: bool
+) -> TensorParallelPlan:
     found, objections = infer(twin, tp_size, sequence_parallel)
     if found.pairs:
         plan = found.plan(model, tp_size)
         require_heads(model, plan, tp_size)
+        _require_worth(model, plan, tp_size)
         for what, reason in objections.items():
             logger.warning("%s: %s is kept whole on each tensor-parallel rank, because cut in %d %s",
                            name, what, tp_size, reason)  # fmt: skip
@@ -84,6 +96,22 @@ def _inferred_plan(model: nn.Module, name: str, tp_mesh: DeviceMesh, sequence_pa
         f"distributed.tp_size={tp_size}: no layers of {name} can be cut ({reasons or 'it has no column and row layers'});"
         " write tp_size: 1, and leave the sharding to FSDP (dp_size: none)"
     )
+
+
+def _require_worth(model: nn.Module, plan: TensorParallelPlan, tp_size: int) -> None:
+    """Raise ModelError where almost everything would stay whole, and so be computed by every rank."""
+    blocks = [model.get_submodule(block) for stack in plan.blocks for block in stack]
+    total = sum(p.numel() for p in {p for block in blocks for p in block.parameters()})
+    names = [
+        name for name, layer in plan.layers.items() if any(name.startswith(f"{b}.") for s in plan.blocks for b in s)
+    ]
+    cut = sum(p.numel() for p in {p for name in names for p in model.get_submodule(name).parameters()})
+    if cut < _WORTH * total:
+        raise ModelError(
+            f"distributed.tp_size={tp_size}: of the blocks of {compat.base_class(model).__name__}, layers with only "
+            f"{cut / total:.0%} of the parameters can be cut; write tp_size: 1, and leave the sharding to FSDP "
+            f"(dp_size: none)"
+        )
 
 
 def plan_from_styles(model: nn.Module, styles: Mapping[str, str], tp_size: int) -> TensorParallelPlan:

@@ -27,7 +27,8 @@ class Layer:
     """One layer's part in a plan.
 
     Args:
-        kind: ``column``, ``row``, ``vocabulary`` (an embedding) or ``experts`` (stacked weights).
+        kind: ``column``, ``row``, ``vocabulary`` (an embedding), ``experts`` (stacked weights) or ``identity`` (an
+            expert that returns its input).
         parts: sizes of what a column layer fuses along its output (a row layer along its input); None = one thing.
         whole: a column layer's output is gathered; a row layer's input is split.
     """
@@ -108,6 +109,8 @@ def _kinds(
             module.padding_idx = local if 0 <= local < rows else None  # type: ignore[assignment]
     elif layer.kind == "experts":
         found.append((tp_layers.Experts, {}))
+    elif layer.kind == "identity":
+        found.append((tp_layers.IdentityExpert, {}))
     else:
         raise ModelError(f"tensor parallelism: {name}: unknown kind of layer {layer.kind!r}")
     if name in plan.regions:
@@ -147,7 +150,7 @@ def _of_shared_vectors(modules: Mapping[str, nn.Module], storage: Mapping[str, S
 
 def _layer_storage(name: str, module: nn.Module, layer: Layer) -> dict[str, Storage]:
     """A column layer's outputs, a row layer's inputs and an embedding's rows are cut; so are the adapter's."""
-    if layer.kind == "experts":
+    if layer.kind in ("experts", "identity"):
         return {}
     transposed = getattr(module, "nf", None) is not None  # transformers' Conv1D keeps [in, out]
     cut = Storage(0, layer.parts)

@@ -136,6 +136,14 @@ class Experts(Sharded):
         return reduce_from_ranks(super().forward(*args, **kwargs), self.tp_ranks)  # type: ignore[misc]
 
 
+class IdentityExpert(Sharded):
+    """An expert without weights: as each rank's output is summed, each gives its share."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., H]`` -> ``[..., H]``."""
+        return super().forward(x) / self.tp_ranks.size  # type: ignore[misc]
+
+
 class Region(Sharded):
     """A module whose column layers share its input and whose output is its row layer's: it takes the input in once."""
 
@@ -160,6 +168,9 @@ class WholeSequence(Sharded):
         return self.tp_sequence.trim(gather_from_ranks(x, 1, self.tp_ranks))
 
     def _split(self, x: Tensor) -> Tensor:
+        if x.ndim == 2:  # tokens of all rows in one dimension, as routers leave them
+            rows = x.unflatten(0, (-1, self.tp_sequence.length))
+            return split_to_ranks(self.tp_sequence.pad(rows), 1, self.tp_ranks).flatten(0, 1)
         return split_to_ranks(self.tp_sequence.pad(x), 1, self.tp_ranks)
 
 
