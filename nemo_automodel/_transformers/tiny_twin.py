@@ -15,7 +15,13 @@ from transformers import PretrainedConfig
 from nemo_automodel._transformers import twin_fields as names
 from nemo_automodel._transformers.twin_fields import is_int
 from nemo_automodel._transformers.twin_images import shrink_images
-from nemo_automodel._transformers.twin_layers import cut_layers, is_layer_count, keep_layers
+from nemo_automodel._transformers.twin_layers import (
+    bound_output,
+    cut_layers,
+    is_layer_count,
+    is_layer_output,
+    keep_layers,
+)
 from nemo_automodel._transformers.twin_rope import fit_rope
 from nemo_automodel._transformers.twin_widths import Widths
 
@@ -42,6 +48,7 @@ def tiny_twin(config: PretrainedConfig, *, layers: int = 2, heads: int = 4, voca
     ordered = sorted(parts, key=lambda part: part is not text)
     old = {id(part): names.fields_of(part) for part in parts}
     new = {id(part): _cut(part, old[id(part)], layers) for part in parts}
+    _bound_outputs(parts, old, new)
     widths = Widths(heads)
     for part in ordered:
         widths.choose(part, old[id(part)], new[id(part)])
@@ -73,6 +80,18 @@ def _cut(part: PretrainedConfig, fields: dict[str, Any], wanted: int) -> dict[st
     return new
 
 
+def _bound_outputs(
+    parts: list[PretrainedConfig], old: dict[int, dict[str, Any]], new: dict[int, dict[str, Any]]
+) -> None:
+    """Keep the layers of the vision tower whose outputs another part asks for within those that it has."""
+    seeing = [new[id(p)] for p in parts if "patch_size" in old[id(p)]]
+    kept = next((v for fields in seeing for k, v in fields.items() if is_layer_count(k) and is_int(v)), None)
+    for part in parts:
+        for name, value in old[id(part)].items():
+            if kept and is_layer_output(name) and "patch_size" not in old[id(part)] and value is not None:
+                new[id(part)][name] = bound_output(value, kept)
+
+
 def _counts(
     fields: dict[str, Any], chosen: dict[str, Any], vocab_size: int, whole_vocabulary: int | None
 ) -> dict[str, Any]:
@@ -94,6 +113,10 @@ def _counts(
             new[name] = min(value, _MOST_EXPERTS)
         elif names.TOP_K.search(name):
             new[name] = min(value, 2)
+        elif names.QUERIES.search(name):
+            new[name] = min(value, 4)
+        elif name == "base_channels":
+            new[name] = min(value, 32)  # normalised in 32 groups
         elif name == "topk_group":
             new[name] = 1
         elif names.CHUNK.search(name) or (names.WINDOW.search(name) and "patch_size" not in fields):

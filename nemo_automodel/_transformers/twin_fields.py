@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-HIDDEN = ("hidden_size", "d_model", "embed_dim", "n_embd", "emb_dim", "dim", "embedding_dim", "hidden_dim")
+HIDDEN = ("embed_dim", "hidden_size", "d_model", "n_embd", "emb_dim", "dim", "embedding_dim", "hidden_dim")
 """Names of a part's own width, the likeliest first."""
 
 HEADS = re.compile(r"(attention_heads|^n_heads?|num_heads|_heads|heads_per_layer)$")
@@ -16,6 +16,7 @@ HEAD_DIM = re.compile(r"(head_dim|d_head|dim_head|d_kv|kv_channels|headdim|head_
 GROUPS = re.compile(r"(n_groups|o_groups|^num_groups|ngroups)$")
 EXPERTS = re.compile(r"^(num_experts|n_routed_experts|num_local_experts|moe_num_experts|zero_expert_num|n_experts)$")
 TOP_K = re.compile(r"(experts_per_tok(en)?|moe_top_?k|moe_k|^top_?k(_experts)?|^n_group|num_expert_group)$")
+QUERIES = re.compile(r"^(latent_query_num|num_query_tokens|num_latents|resampler_n_latents|resampler_num_latents)$")
 WINDOW = re.compile(r"(sliding_window|attention_window|window_size|local_attention|window_len|window_length)$")
 CHUNK = re.compile(r"(chunk_size|chunk_length|index_topk|_budget|index_block_size|compress_rates?|index_kpool)$")
 VOCABULARY = re.compile(r"vocab(_size)?(_\w+)?$|^num_embeddings$|codebook_size")
@@ -26,8 +27,9 @@ WIDTH = re.compile(
 )
 NOT_WIDTH = re.compile(
     r"(patch|image|kernel|window|block|chunk|group|merge_|crop|tile|batch|vocab|canvas|parallel|stride|pool|input_feat"
-    r"|img|position|num_|resolution|feature_size|codebook_size|audio_channels|in_channels|out_channels|scale|factor)"
+    r"|img|position|num_|resolution|feature_size|codebook_size|audio_channels|base_channels|scale|factor|patch_dim)"
 )
+IMAGE_TOKEN = re.compile(r"^(image_token_id|image_token_index|video_token_id|audio_token_id)$")
 GRID = re.compile(r"^axial_pos_shape$")
 _TOKEN = re.compile(r"(token_ids?|token_index|im_\w+_id|image_patch_id|lang_id|suppress_tokens|unk_index|mask_index)$")
 

@@ -22,7 +22,7 @@ def shrink_images(
 ) -> None:
     """Set a small image size in ``new`` where the config has one, with the fields that count its patches."""
     for part in parts:
-        size, patch = _side(old[id(part)].get("image_size")), _side(old[id(part)].get("patch_size"))
+        size, patch = side_of(old[id(part)].get("image_size")), side_of(old[id(part)].get("patch_size"))
         if not size or not patch or size < patch:
             continue
         side = size // patch
@@ -61,11 +61,19 @@ def _follow(old: dict[str, Any], new: dict[str, Any], sides: tuple[int, int], si
                 if root > 1 and root * root == value - extra and side % root == 0 and small % (side // root) == 0:
                     new[name] = (small * root // side) ** 2 + extra
                     break
+            else:
+                if (
+                    math.isqrt(value) ** 2 == value and value > side * side
+                ):  # more tokens than patches: not this image's
+                    new[name] = (small // 2) ** 2
+        elif isinstance(value, dict) and value and all(is_int(k) and is_int(v) for k, v in value.items()):
+            new[name] = {(i + 1) ** 2 * small * small: 4 * (i + 1) for i in range(len(value))}  # patches to queries
         elif name == "image_grid_pinpoints" and value:
             new[name] = [[x * sizes[1] // sizes[0] for x in pair] for pair in value]
 
 
-def _side(value: Any) -> int | None:
+def side_of(value: Any) -> int | None:
+    """The side of a square given as a number, a pair or a mapping; None where it is none of these."""
     if isinstance(value, dict):
         value = value.get("height")
     if isinstance(value, (list, tuple)) and value:
@@ -79,4 +87,4 @@ def _resize(value: Any, size: int) -> Any:
     return type(value)(size for _ in value) if isinstance(value, (list, tuple)) else size
 
 
-__all__ = ["shrink_images"]
+__all__ = ["shrink_images", "side_of"]

@@ -22,6 +22,25 @@ def is_layer_count(name: str) -> bool:
     return bool(_COUNT.match(name))
 
 
+def is_layer_output(name: str) -> bool:
+    """Whether a field of this name says which layers' outputs are used."""
+    return bool(_OUTPUT.search(name))
+
+
+def bound_output(layer: Any, kept: int) -> Any:
+    """A layer's output (or several), counted from the end where negative, moved within a model of ``kept`` layers.
+
+    Two that were different stay so as far as there are layers.
+    """
+    if not isinstance(layer, (list, tuple)):
+        return max(layer, -kept) if layer < 0 else min(layer, kept)
+    bounded = [bound_output(v, kept) for v in layer]
+    if len(set(bounded)) < len(set(layer)) and all(v >= 0 for v in layer):
+        order = sorted(set(layer), reverse=True)
+        bounded = [max(kept - 1 - order.index(v), 0) for v in layer]
+    return type(layer)(bounded)
+
+
 def keep_layers(fields: Mapping[str, Any], total: int, wanted: int) -> list[int]:
     """Indices of the layers to keep, in order: of each kind of layer the first ``wanted``, fewer of many kinds.
 
@@ -64,8 +83,8 @@ def _column(name: str, value: Any, total: int) -> list[Any] | None:
 def _cut(name: str, value: Any, total: int, kept: list[int]) -> Any:
     if _is_int(value):
         return _cut_number(name, value, total, kept)
-    if _OUTPUT.search(name) and isinstance(value, (list, tuple)):
-        return type(value)(_output(v, kept) for v in value)
+    if is_layer_output(name) and isinstance(value, (list, tuple)):
+        return bound_output(value, len(kept))
     if _is_index_list(name, value, total):
         return type(value)(new for new, old in enumerate(kept) if old in value)
     if _is_layer_list(value, total):
@@ -78,8 +97,8 @@ def _cut(name: str, value: Any, total: int, kept: list[int]) -> Any:
 def _cut_number(name: str, value: int, total: int, kept: list[int]) -> int | None:
     if is_layer_count(name):
         return len(kept) if value == total else min(value, len(kept))
-    if _OUTPUT.search(name):
-        return _output(value, kept)
+    if is_layer_output(name):
+        return bound_output(value, len(kept))
     if _is_sub_count(name, value, total):
         return sum(i < value if _PREFIX.search(name) else i >= total - value for i in kept)
     if _is_period(name, value):
@@ -87,11 +106,6 @@ def _cut_number(name: str, value: int, total: int, kept: list[int]) -> int | Non
     if name.endswith("_offset") and "layer" in name:
         return min(value, 1)
     return None
-
-
-def _output(layer: int, kept: list[int]) -> int:
-    """The number of a layer's output (counted from the end where negative) that lies within ``kept`` layers."""
-    return max(layer, -len(kept)) if layer < 0 else min(layer, len(kept))
 
 
 def _is_layer_list(value: Any, total: int) -> bool:
@@ -127,4 +141,4 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-__all__ = ["cut_layers", "is_layer_count", "keep_layers"]
+__all__ = ["bound_output", "cut_layers", "is_layer_count", "is_layer_output", "keep_layers"]

@@ -6,6 +6,7 @@ Some classes leave fields empty that every published config sets; without them t
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from typing import Any
 
@@ -23,16 +24,54 @@ def start_config(model_type: str, *, causal: bool) -> PretrainedConfig:
     config = CONFIG_MAPPING[model_type]()
     auto_class: Any = AutoModelForCausalLM if causal else AutoModelForImageTextToText
     model_class = compat.model_class_for(auto_class, config)
+    source = inspect.getsource(sys.modules[model_class.__module__]) if model_class else ""
     for part in names.parts_of(config):
-        complete(part, model_class)
+        _add_missing_parts(part)
+    for part in names.parts_of(config):
+        complete(part, source)
     text = names.text_part(config)
     if causal and getattr(text, "is_decoder", None) is False:
         text.is_decoder = True
+    if not causal:
+        _complete_tokens(config, text, source)
+        _fit_towers(config, text)
     _borrow_missing(config, auto_class)
     return config
 
 
-def complete(part: PretrainedConfig, model_class: type | None) -> None:
+def _add_missing_parts(part: PretrainedConfig) -> None:
+    for name, kind in part.sub_configs.items():
+        if getattr(part, name, None) is None and name == "vision_config" and issubclass(kind, PretrainedConfig):
+            setattr(part, name, kind())
+
+
+def _complete_tokens(config: PretrainedConfig, text: PretrainedConfig, source: str) -> None:
+    """Give the special tokens that the model's code reads, and its config does not set, ids of their own."""
+    vocab_size = getattr(text, "vocab_size", 1000)
+    unset = [k for k in vars(config) if names.IMAGE_TOKEN.search(k) and getattr(config, k) is None]
+    read = set(re.findall(r"self\.config\.(\w+_token_id)\b", source))
+    missing = [name for name in sorted(read) if not hasattr(config, name)]
+    for i, name in enumerate(unset + missing):
+        setattr(config, name, vocab_size - 1 - i)
+
+
+def _fit_towers(config: PretrainedConfig, text: PretrainedConfig) -> None:
+    """What a tower puts out is as wide as the decoder, whatever its class's default says."""
+    hidden = getattr(text, "hidden_size", None)
+    for part in names.parts_of(config):
+        if part is config or part is text or hidden is None:
+            continue
+        fields = names.fields_of(part)
+        for name in ("out_hidden_size", "text_hidden_size", "adapter_out_dim"):
+            if names.is_int(fields.get(name)):
+                setattr(part, name, hidden)
+        if names.is_int(fields.get("embed_dim")) and names.is_int(fields.get("hidden_size")) and "patch_size" in fields:
+            part.hidden_size = hidden  # its own width is embed_dim
+        if "vision_output_dim" in fields and "projector_output_dim" in fields:
+            part.vision_output_dim = fields["projector_output_dim"]
+
+
+def complete(part: PretrainedConfig, source: str) -> None:
     """Fill those fields of one part of a config that are None and cannot be, by what their names count."""
     fields = names.fields_of(part)
     hidden, heads = names.find(part, fields, *names.HIDDEN), names.find(part, fields, "num_attention_heads")
@@ -43,8 +82,27 @@ def complete(part: PretrainedConfig, model_class: type | None) -> None:
             setattr(part, name, filled)
     layers = names.find(part, fields, "num_hidden_layers")
     if layers and "layer_types" in fields and fields["layer_types"] is None:
-        part.layer_types = _alternate(_kinds_in(model_class), fields[layers])
+        part.layer_types = _alternate(_kinds_in(source, _KINDS), fields[layers])
+    if layers and "mlp_layer_types" in fields and fields["mlp_layer_types"] is None:
+        part.mlp_layer_types = ["dense"] + ["sparse"] * (fields[layers] - 1)
     kinds = getattr(part, "layer_types", None)
+    if kinds and "sliding_attention" in kinds and fields.get("sliding_window", 0) is None:
+        part.sliding_window = 512
+    rope = fields.get("rope_parameters")
+    if (
+        heads
+        and hidden
+        and rope
+        and "mrope_section" in source
+        and "rope_theta" in rope
+        and "vision" not in type(part).__name__.lower()
+    ):
+        pairs = (
+            int((fields.get("head_dim") or fields[hidden] // fields[heads]) * rope.get("partial_rotary_factor", 1.0))
+            // 2
+        )
+        if rope.get("rope_type") == "default" and "mrope_section" not in rope:
+            rope["mrope_section"] = [pairs - 2 * (pairs * 3 // 8), pairs * 3 // 8, pairs * 3 // 8]
     if "rope_parameters" in fields and fields["rope_parameters"] == {} and kinds:
         part.rope_parameters = {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in set(kinds)}
 
@@ -70,10 +128,9 @@ def _missing(name: str, fields: dict[str, Any], hidden: str | None, heads: str) 
     return None
 
 
-def _kinds_in(model_class: type | None) -> list[str]:
-    """The kinds of layers that the model's own code asks for."""
-    source = inspect.getsource(sys.modules[model_class.__module__]) if model_class else ""
-    return [kind for kind in _KINDS if f'"{kind}"' in source] or ["full_attention"]
+def _kinds_in(source: str, kinds: tuple[str, ...]) -> list[str]:
+    """Those kinds of layers that the model's own code asks for."""
+    return [kind for kind in kinds if f'"{kind}"' in source] or ["full_attention"]
 
 
 def _alternate(kinds: list[str], total: int) -> list[str]:

@@ -38,7 +38,7 @@ class Widths:
         """Set the other widths of one part, in proportion to its hidden size or to what else they equal."""
         hidden_key = names.find(part, old, *names.HIDDEN)
         hidden = old[hidden_key] if hidden_key else None
-        products = self._products(old, new)
+        products = self._products(old, new, hidden)
         for name, value in old.items():
             if not names.is_width(name) or (name in new and not isinstance(value, (list, tuple))):
                 continue
@@ -109,11 +109,14 @@ class Widths:
                     new[name] = times * narrow // new[dim]
                     break
 
-    def _products(self, old: dict[str, Any], new: dict[str, Any]) -> dict[int, int]:
-        """Widths that are heads times a head dimension."""
+    def _products(self, old: dict[str, Any], new: dict[str, Any], hidden: Any) -> dict[int, int]:
+        """Widths that are heads times a head dimension, or several outputs of the hidden size."""
         heads = [k for k in old if is_int(old[k]) and is_int(new.get(k)) and names.HEADS.search(k) and old[k] > 1]
         dims = [k for k in old if is_int(old[k]) and is_int(new.get(k)) and names.HEAD_DIM.search(k)]
         found = {old[h] * old[d]: new[h] * new[d] for h in heads for d in dims}
+        for name, value in old.items():
+            if isinstance(value, (list, tuple)) and value and name in new and hidden in self.known:
+                found[hidden * (len(value) + 1)] = self.known[hidden] * (len(new[name]) + 1)  # outputs side by side
         return {v: w for v, w in found.items() if v not in self.known}
 
     def _width(self, value: int, hidden: int | None) -> int:
