@@ -54,7 +54,7 @@ def tp_plan_for(model: nn.Module, tp_mesh: DeviceMesh, sequence_parallel: bool =
     name = compat.base_class(model).__name__
     styles = compat.own_tp_plan(model)
     plan, objection = None, None
-    if any(style in _LAYERS for style in styles.values()):
+    if brings_plan(styles):
         try:
             plan = plan_from_styles(model, styles, tp_size)
             require_heads(model, plan, tp_size)
@@ -100,18 +100,28 @@ def _inferred_plan(
 
 def _require_worth(model: nn.Module, plan: TensorParallelPlan, tp_size: int) -> None:
     """Raise ModelError where almost everything would stay whole, and so be computed by every rank."""
-    blocks = [model.get_submodule(block) for stack in plan.blocks for block in stack]
-    total = sum(p.numel() for p in {p for block in blocks for p in block.parameters()})
-    names = [
-        name for name, layer in plan.layers.items() if any(name.startswith(f"{b}.") for s in plan.blocks for b in s)
-    ]
-    cut = sum(p.numel() for p in {p for name in names for p in model.get_submodule(name).parameters()})
-    if cut < _WORTH * total:
+    share = cut_share(model, plan)
+    if share < _WORTH:
         raise ModelError(
             f"distributed.tp_size={tp_size}: of the blocks of {compat.base_class(model).__name__}, layers with only "
-            f"{cut / total:.0%} of the parameters can be cut; write tp_size: 1, and leave the sharding to FSDP "
-            f"(dp_size: none)"
+            f"{share:.0%} of the parameters can be cut; write tp_size: 1, and leave the sharding to FSDP (dp_size: none)"
         )
+
+
+def cut_share(model: nn.Module, plan: TensorParallelPlan) -> float:
+    """The share of the decoder blocks' parameters that lies in layers which ``plan`` cuts."""
+    inside = {module for stack in plan.blocks for block in stack for module in model.get_submodule(block).modules()}
+    cut = {module for name in plan.layers for module in model.get_submodule(name).modules()}
+
+    def size(modules: set[nn.Module]) -> int:
+        return sum(p.numel() for p in {p for module in modules for p in module.parameters(recurse=False)})
+
+    return size(inside & cut) / max(size(inside), 1)
+
+
+def brings_plan(styles: Mapping[str, str]) -> bool:
+    """Whether ``styles`` cut anything but the vocabulary."""
+    return any(style in _LAYERS and "*" in name for name, style in styles.items())
 
 
 def plan_from_styles(model: nn.Module, styles: Mapping[str, str], tp_size: int) -> TensorParallelPlan:
