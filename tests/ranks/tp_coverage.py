@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from nemo_automodel._transformers import compat
@@ -30,6 +30,7 @@ from nemo_automodel._transformers.tiny_twin import tiny_twin
 from nemo_automodel._transformers.tp_infer import infer
 from nemo_automodel._transformers.tp_plan import brings_plan, cut_share, plan_from_styles
 from nemo_automodel._transformers.tp_proof import Twin
+from nemo_automodel._transformers.twin_start import start_config
 from tests.ranks.launch import ROOT, torchrun
 
 BATCH = 24  # architectures a pair of processes
@@ -67,7 +68,7 @@ def _row(name, mesh) -> Row:
     size = mesh.size()
     try:
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(tiny_twin(CONFIG_MAPPING[name](), heads=2 * size))
+        model = AutoModelForCausalLM.from_config(tiny_twin(start_config(name, causal=True), heads=2 * size))
         twin = Twin(model, mesh)
     except Exception as error:
         return Row(name, "no twin", note=_short(f"{type(error).__name__}: {error}"))
