@@ -93,6 +93,23 @@ def scatter_parts(x: Tensor, dim: int, ranks: Ranks) -> Tensor:
     return _ScatterParts.apply(x, dim, ranks)
 
 
+def all_to_all(x: Tensor, out_sizes: list[int], in_sizes: list[int], ranks: Ranks) -> Tensor:
+    """Rows of ``x``, the first ``in_sizes[0]`` to rank 0 and so on; returns ``out_sizes`` rows of each rank in turn."""
+    return _AllToAll.apply(x, out_sizes, in_sizes, ranks)
+
+
+def all_to_all_counts(counts: Tensor, ranks: Ranks) -> tuple[list[int], list[int], Tensor]:
+    """Before ``all_to_all``: of ``counts``, as many entries for each rank, the rows (sent to, got from) each rank.
+
+    Also returns the entries that arrive, rank after rank. The host waits for the device here.
+    """
+    equal = [len(counts) // ranks.size] * ranks.size
+    arriving = _all_to_all(counts, equal, equal, ranks)
+    sums = torch.stack([counts.view(ranks.size, -1).sum(1), arriving.view(ranks.size, -1).sum(1)])
+    sent, got = sums.tolist()
+    return sent, got, arriving
+
+
 def exchange_slices(x: Tensor, dim: int, sizes: tuple[int, ...], ranks: Ranks) -> Tensor:
     """A fused weight's shard: ``x``, this rank's contiguous 1/R along ``dim``, as its 1/R of each fused part.
 
@@ -166,6 +183,18 @@ class _ScatterParts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return _all_gather(grad, ctx.dim, ctx.ranks), None, None
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, out_sizes: list[int], in_sizes: list[int], ranks: Ranks) -> Tensor:
+        ctx.sizes, ctx.ranks = (out_sizes, in_sizes), ranks
+        return _all_to_all(x, out_sizes, in_sizes, ranks)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        out_sizes, in_sizes = ctx.sizes
+        return _all_to_all(grad, in_sizes, out_sizes, ctx.ranks), None, None, None
 
 
 class _Exchange(torch.autograd.Function):
