@@ -20,6 +20,9 @@ from nemo_automodel.components.distributed.tensor_parallel import Layer, TensorP
 logger = logging.getLogger(__name__)
 
 
+_COUNTS = ("none", "heads", "heads+widths", "heads+config")
+
+
 @dataclass(frozen=True)
 class Pair:
     """Column layers and their row layer, and how the code between them is made to work on a share.
@@ -28,7 +31,7 @@ class Pair:
         chain: the layers, as patterns.
         fused: for each column, into what its output falls: ``one`` thing, ``equal`` parts as wide as the row's input,
             or ``grouped``: a part as wide as the row's input (queries), and two equal ones (keys, values).
-        counts: which integer attributes of the columns' module are divided: ``none``, ``heads``, ``heads+widths``.
+        counts: which integers of the columns' module are divided: one of ``_COUNTS``.
         region: whether the module around them takes its input in once, where there is one.
     """
 
@@ -75,7 +78,11 @@ def infer(twin: Twin, tp_size: int, sequence_parallel: bool = False) -> tuple[In
     """(what can be cut, and for what cannot, by the pattern of its row layer, why the likeliest guess is wrong)."""
     kept = Inferred()
     objections: dict[str, str] = {}
-    for chain in find_chains(twin.plain, twin.inputs):
+    try:
+        chains = find_chains(twin.plain, twin.inputs)
+    except Exception as error:  # of any kind, from the model's own code: something in it does not bear being watched
+        return kept, {"every layer": f"its tensors cannot be followed ({type(error).__name__})"}
+    for chain in chains:
         first: str | None = None
         for pair in _guesses(twin.plain, chain):
             objection = twin.objection(partial(Inferred((pair,)).plan, tp_size=tp_size), sequence_parallel)
@@ -103,7 +110,7 @@ def _guesses(model: nn.Module, chain: Chain) -> Iterator[Pair]:
     width = widths(modules[chain.row])[0]
     options = [_fusions(widths(modules[name])[1], width) for name in chain.columns]
     seen: set[Any] = set()
-    for region, counts, fused in product((True, False), ("none", "heads", "heads+widths"), product(*options)):
+    for region, counts, fused in product((True, False), _COUNTS, product(*options)):
         divided = tuple(_attributes(model, modules[name.rpartition(".")[0]], counts, width) for name in chain.columns)
         if (region, divided, fused) not in seen:
             seen.add((region, divided, fused))
@@ -129,7 +136,10 @@ def _parts(out: int, width: int, fused: str) -> tuple[int, ...] | None:
 
 
 def _attributes(model: Any, module: nn.Module, counts: str, width: int) -> tuple[str, ...]:
-    """The integer attributes of ``module`` that count heads, and with ``widths`` those as wide as all of them."""
+    """The integer attributes of ``module`` that count heads, with ``widths`` those as wide as all of them too.
+
+    With ``config``, those of the config it reads: ``config.num_attention_heads``.
+    """
     if counts == "none":
         return ()
     text = model.config.get_text_config()
@@ -138,6 +148,9 @@ def _attributes(model: Any, module: nn.Module, counts: str, width: int) -> tuple
     found = [k for k, v in numbers.items() if v in heads and "head" in k and "dim" not in k and "size" not in k]
     if counts == "heads+widths":
         found += [k for k, v in numbers.items() if v == width and k not in found and not k.endswith("_features")]
+    if counts == "heads+config" and hasattr(module, "config"):
+        names = ("num_attention_heads", "num_key_value_heads")
+        found += [f"config.{name}" for name in names if isinstance(getattr(module.config, name, None), int)]
     return tuple(sorted(found))
 
 

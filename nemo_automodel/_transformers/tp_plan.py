@@ -70,10 +70,28 @@ def tp_plan_for(model: nn.Module, tp_mesh: DeviceMesh, sequence_parallel: bool =
     if plan is not None:
         objection = twin.objection(partial(plan_from_styles, styles=styles, tp_size=tp_size), sequence_parallel)
         if objection is None:
-            return plan
+            return _with_less_gathered(model, plan, twin, tp_size, sequence_parallel)
     if objection is not None:
         logger.warning("%s: its own tensor-parallel plan is not used, because with it %s", name, objection)
     return _inferred_plan(model, name, twin, tp_size, sequence_parallel)
+
+
+def _with_less_gathered(
+    model: nn.Module, plan: TensorParallelPlan, twin: Twin, tp_size: int, sequence_parallel: bool
+) -> TensorParallelPlan:
+    """A plan inferred instead of ``plan`` where that gathers outputs only because weights are fused."""
+    gathered = {name for name, layer in plan.layers.items() if layer.kind == "column" and layer.whole and "." in name}
+    gathered = {
+        name for name in gathered if any(name.startswith(f"{block}.") for stack in plan.blocks for block in stack)
+    }
+    if not gathered:
+        return plan
+    found, _ = infer(twin, tp_size, sequence_parallel)
+    other = found.plan(model, tp_size)
+    if gathered <= other.layers.keys() and cut_share(model, other) >= cut_share(model, plan):
+        require_heads(model, other, tp_size)
+        return other
+    return plan
 
 
 def _inferred_plan(

@@ -38,6 +38,7 @@ class Twin:
         try:
             self.plain = _build(model, tp_mesh)
             self.inputs = _inputs(self.plain)
+            self._untouched = copy.deepcopy(self.plain)
             self.loss = _backward(self.plain, self.inputs)
         except Exception as error:
             raise ModelError(f"{self.name}: its tiny copy does not run ({_first_line(error)})") from error
@@ -50,8 +51,7 @@ class Twin:
         self, plan_of: Callable[[nn.Module], TensorParallelPlan], sequence_parallel: bool = False
     ) -> str | None:
         """Why ``plan_of`` this model is wrong, the same on every rank; None where loss and every gradient agree."""
-        sharded = copy.deepcopy(self.plain)
-        sharded.zero_grad(set_to_none=True)
+        sharded = copy.deepcopy(self._untouched)
         reason = self._agree(self._run(sharded, plan_of, sequence_parallel))
         if reason is not None:
             return reason

@@ -6,6 +6,7 @@ each as a DTensor and exchanges the modules' classes (``tp_layers``). It knows n
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -45,7 +46,7 @@ class TensorParallelPlan:
     layers: Mapping[str, Layer]
     parameters: Mapping[str, Storage] = field(default_factory=dict)  # those of modules that are no linear layer
     regions: frozenset[str] = frozenset()  # modules that take their input in once for all their column layers
-    divided: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # integer attributes to divide by the ranks
+    divided: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # integers to divide: `num_heads`, `config.x`
     blocks: tuple[tuple[str, ...], ...] = ()  # decoder blocks, one tuple for each stack
 
 
@@ -79,9 +80,17 @@ def tensor_parallelize(
             become(module, kind, ranks, own)
         if name in along.sharded:
             module.__dict__["tp_sequence"] = sequence
-        for attribute in plan.divided.get(name, ()):
-            setattr(module, attribute, getattr(module, attribute) // ranks.size)
+        _divide(module, plan.divided.get(name, ()), ranks.size)
     return model
+
+
+def _divide(module: nn.Module, attributes: tuple[str, ...], ranks: int) -> None:
+    if any(attribute.startswith("config.") for attribute in attributes):
+        module.config = copy.copy(module.config)  # the others' config keeps its numbers
+    for attribute in attributes:
+        owner: Any = module.config if attribute.startswith("config.") else module
+        name = attribute.removeprefix("config.")
+        setattr(owner, name, getattr(owner, name) // ranks)
 
 
 def _kinds(
