@@ -285,7 +285,7 @@ def test_activations_shrink_blocks_compile_and_wrong_plans_are_found_out():
     ],
 )
 def test_heads_that_do_not_divide_say_what_to_write(heads, groups, tp_size, message):
-    config = tiny_config("llama", num_attention_heads=heads, num_key_value_heads=groups)
+    config = tiny_config("llama", hidden_size=48, num_attention_heads=heads, num_key_value_heads=groups)
     model = AutoModelForCausalLM.from_config(config)
     plan = plan_from_styles(model, model._tp_plan, tp_size)
     with pytest.raises(ConfigError, match=message):
