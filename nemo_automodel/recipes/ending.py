@@ -93,10 +93,10 @@ def _report(directory: Path, first: Failure, rank: int) -> None:
     if rank != 0 and not (rank_0_is_gone and written):
         return
     after = f" (after step {first.step})" if first.step else ""
-    if first.kind == SIGNAL or (first.kind == ERROR and first.rank == 0):
+    if first.rank is None or first.kind == SIGNAL or (first.kind == ERROR and first.rank == 0):
         text = first.message
     else:
-        text = f"{'the run' if first.rank is None else f'rank {first.rank}'} failed first{after}: {first.message}"
+        text = f"rank {first.rank} failed first{after}: {first.message}"
     if first.exit_code == EXIT_FAULT and first.kind != SIGNAL:
         text += f"\n{_GO_ON}"
     print("error: " + text.replace("\n", "\n       "), file=sys.stderr, flush=True)

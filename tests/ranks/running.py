@@ -20,6 +20,7 @@ class Running:
     def __init__(self, workspace, *overrides, nproc=2, out="out", agent=True, script=RECIPE, env=None):
         self.directory = workspace.path / out
         self.log = workspace.path / f"{out}.log"
+        self.agent = agent
         arguments = [str(script), "-c", str(workspace.recipe), f"--checkpoint.checkpoint_dir={self.directory}"]
         arguments += overrides
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
@@ -63,7 +64,7 @@ class Running:
 
     def ranks(self):
         """Rank -> process id, of those that live."""
-        if len(self._processes) > 1:
+        if not self.agent:
             return {rank: process.pid for rank, process in enumerate(self._processes) if process.poll() is None}
         found = {}
         for pid in children(self._processes[0].pid):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import secrets
+import re
 import selectors
 import socket
 import sys
@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class Watch:
         self._thread.start()
 
     def _listen(self, broadcast: Callable[[Any], Any]) -> None:
-        token = secrets.token_hex(16)
+        token = os.urandom(16).hex()
         family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
         backlog = self.world_size
         with socket.create_server(
@@ -152,11 +152,12 @@ class Watch:
                     connection, _ = server.accept()
                 except TimeoutError:
                     break
-                connection.settimeout(5)
+                connection.settimeout(_CONNECT_SECONDS / 2)
                 rank = _greeting(connection, token)
                 if rank is None:
                     connection.close()
                 else:
+                    connection.settimeout(5)
                     self._lines[rank] = _Line(rank, connection)
         if missing := sorted(set(range(1, self.world_size)) - self._lines.keys()):
             logger.warning("no line to rank(s) %s: their failure may go unnamed", ", ".join(map(str, missing)))
@@ -256,8 +257,10 @@ class Watch:
             patience = _SETTLE_SECONDS
         if silent is not None and (not failures or waited > patience):
             return silent
-        if gone and (gone[0].kind == ERROR or waited > 0.5):
-            return gone[0]
+        if gone and waited > 0.5:
+            first = gone[0]
+            agreed = first.kind == ERROR and sum(f.message == first.message for _, f in failures) > 1
+            return replace(first, rank=None) if agreed else first  # an error that all raise together is nobody's own
         if failures and waited > patience:
             return self._blame(failures[0][1], {f.rank for _, f in failures})
         return None
@@ -281,7 +284,7 @@ class Watch:
         if not absent or len(absent) == len(ranks) - 1 > 1:
             return failure
         names = ", ".join(map(str, absent[:8]))
-        text = f"did not take part in a collective that rank {failure.rank} waited for ({failure.message})"
+        text = f"did not take part in a collective that rank {failure.rank} waited for ({_brief(failure.message)})"
         if len(absent) > 1:
             return Failure(SILENT, f"ranks {names} {text}", None, failure.step)
         return Failure(SILENT, text, absent[0], self._lines[absent[0]].step if absent[0] in self._lines else self.step)
@@ -318,16 +321,21 @@ class Watch:
         self._waker.close()
 
 
+def _brief(message: str) -> str:
+    """Without the place in somebody's source."""
+    return re.sub(r"\[/\S+\] ", "", message)
+
+
 def _greeting(connection: socket.socket, token: str) -> int | None:
     """The rank at the other end, if it knows the token."""
     try:
         text = b""
         while not text.endswith(b"\n") and len(text) < 100:
-            received = connection.recv(100)
+            received = connection.recv(1)  # what follows the greeting is not for here
             if not received:
                 return None
             text += received
         given, rank = text.decode().split()
-        return int(rank) if secrets.compare_digest(given, token) else None
+        return int(rank) if given == token else None
     except (OSError, ValueError):
         return None

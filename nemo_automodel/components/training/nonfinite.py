@@ -153,9 +153,9 @@ class NonFiniteGuard:
         self._save(state)
         times = f", as in the {self._in_a_row - 1} step(s) before it" if self._in_a_row > 1 else ""
         raise NonFiniteError(
-            f"{text}{times}; no weight was changed and the state before it is kept. Look at those rows; lower "
-            "optimizer.lr or clip_grad_norm.max_norm if the loss was rising; or set non_finite.policy: skip to leave such "
-            "steps out"
+            f"{text}{times}; no weight was changed and the state before it is kept. Look at those rows; go on with a lower "
+            "clip_grad_norm.max_norm, or with non_finite.policy: skip to leave such steps out; or start anew with a lower "
+            "optimizer.lr"
         )
 
     def _where(self, step: _Step) -> str:

@@ -9,6 +9,7 @@ Read it top to bottom; there is no trainer behind it. To change the training, co
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -108,9 +109,10 @@ def main(cfg: Config) -> int:
         if schedule.should_validate or schedule.should_save:
             guard.settle()  # nothing is kept of a step that is not known to be sound
         if val_loader is not None and schedule.should_validate:
-            val_loss = validate(model, val_loader, loss_fn, dist)
-            log.validation(val_loss=val_loss)
-            checkpointer.offer_best(val_loss)
+            val_loss = validate(model, val_loader, loss_fn, dist, stop=env.stop_requested)
+            if val_loss is not None:
+                log.validation(val_loss=val_loss)
+                checkpointer.offer_best(val_loss)
         if schedule.should_save:
             log.checkpoint(checkpointer.save(state))
         if env.stop_requested(schedule.step):  # a signal, on whichever rank
@@ -124,11 +126,15 @@ def main(cfg: Config) -> int:
 
 
 @torch.no_grad()
-def validate(model: torch.nn.Module, loader: Any, loss_fn: Any, dist: Any) -> float:
-    """Mean loss per label token over the whole validation set, equal on every rank."""
+def validate(
+    model: torch.nn.Module, loader: Any, loss_fn: Any, dist: Any, stop: Callable[[], bool] = lambda: False
+) -> float | None:
+    """Mean loss per label token over the whole validation set, equal on every rank; None where ``stop`` cut it short."""
     model.eval()
     loss_sum, num_label_tokens = torch.zeros((), device=dist.device), 0
     for batches in loader.steps(epoch=0):
+        if stop():
+            return None
         for batch in batches:
             ce_sum, _ = forward_loss(model, to_device(batch, dist.device), loss_fn)
             loss_sum += ce_sum
