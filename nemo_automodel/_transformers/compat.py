@@ -295,3 +295,13 @@ def own_ep_plan(model: nn.Module) -> dict[str, str]:
 def own_tp_plan(model: nn.Module) -> dict[str, str]:
     """The tensor-parallel styles that the model brings: module or parameter name, layers as ``*`` -> style."""
     return dict(getattr(model, "_tp_plan", None) or {})
+
+
+def base_class(model: nn.Module) -> type:
+    """The transformers class of ``model``, without the mixin put before it."""
+    return getattr(type(model), "automodel_base", type(model))
+
+
+def takes(model: nn.Module, name: str) -> bool:
+    """Whether the model's forward has an argument ``name`` of its own."""
+    return name in inspect.signature(type(model).forward).parameters

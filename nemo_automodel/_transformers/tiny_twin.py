@@ -1,47 +1,149 @@
 """A model's tiny twin: its config made narrow and shallow, every structural switch kept.
 
-Nothing here knows a model. A field is shrunk by what its name says it counts (layers, heads, widths, experts, tokens)
-and by how its value relates to other values of the same config: what was equal, a multiple or a product stays so.
+Nothing here knows a model. A field is shrunk by what its name says it counts (``twin_fields``: layers, heads, widths,
+experts, tokens) and by how its value relates to others of the same config: what was equal, a multiple or a product
+stays so.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from nemo_automodel._transformers.twin_layers import cut_layers, is_layer_count
+from nemo_automodel._transformers import twin_fields as names
+from nemo_automodel._transformers.twin_fields import is_int
+from nemo_automodel._transformers.twin_images import shrink_images
+from nemo_automodel._transformers.twin_layers import (
+    bound_output,
+    cut_layers,
+    is_layer_count,
+    is_layer_output,
+    keep_layers,
+)
+from nemo_automodel._transformers.twin_rope import fit_rope
+from nemo_automodel._transformers.twin_widths import Widths
+
+_MOST_EXPERTS = 4
+_WINDOW = 8
+_POSITIONS = 4096
+_GRID = (4, 6)  # of positions that are two numbers each; as long as a batch, because such models want it full
 
 
 def tiny_twin(config: PretrainedConfig, *, layers: int = 2, heads: int = 4, vocab_size: int = 128) -> PretrainedConfig:
-    """Shrink ``config`` to a model of the same structure that builds in seconds.
+    """Shrink ``config`` to a model of the same structure that builds in seconds; ``config`` itself stays as it is.
 
     Args:
         config: any transformers config, with its sub-configs.
-        layers: how many layers of each kind to keep.
-        heads: query heads; grouped key-value heads are half of them, single ones stay single.
-        vocab_size: tokens of the vocabulary; special tokens are moved into it.
+        layers: how many layers of each kind to keep (one of each where there are more than three kinds).
+        heads: query heads, where the model has as many; grouped key-value heads are half of them, single ones stay.
+        vocab_size: tokens of the vocabulary, special tokens moved into it.
+
+    Returns:
+        A config of the same class. Head dimensions are multiples of 8, widths too; sliding windows are 8 tokens.
     """
-    parts = _parts(config)
-    text = config.get_text_config()
-    shrinker = _Shrinker(layers, heads, vocab_size, parts)
-    for part in sorted(parts, key=lambda p: p is not text):
-        shrinker.shrink(part)
-    return _rebuild(config, shrinker.new)
-
-
-def _parts(config: PretrainedConfig) -> list[PretrainedConfig]:
-    found = [config]
-    for value in vars(config).values():
-        if isinstance(value, PretrainedConfig):
-            found += _parts(value)
-    return found
-
-
-def _rebuild(config: PretrainedConfig, new: dict[int, dict[str, Any]]) -> PretrainedConfig:
+    parts = names.parts_of(config)
+    text = names.text_part(config)
+    ordered = sorted(parts, key=lambda part: part is not text)
+    old = {id(part): names.fields_of(part) for part in parts}
+    new = {id(part): _cut(part, old[id(part)], layers) for part in parts}
+    _bound_outputs(parts, old, new)
+    widths = Widths(heads)
+    for part in ordered:
+        widths.choose(part, old[id(part)], new[id(part)])
+    tokens = _token_table(old.values(), vocab_size)
+    whole_vocabulary = getattr(text, "vocab_size", None)
+    for part in ordered:
+        fields, chosen = old[id(part)], new[id(part)]
+        widths.fill(part, fields, chosen)
+        chosen.update(_counts(fields, chosen, vocab_size, whole_vocabulary))
+        chosen.update({k: _map_ints(v, tokens) for k, v in fields.items() if names.is_token(k)})
+        for entry in chosen.get("per_layer_config", {}).values():
+            entry.update({k: min(v, _MOST_EXPERTS) for k, v in entry.items() if is_int(v) and names.EXPERTS.search(k)})
+        fit_rope(part, fields, chosen)
+    shrink_images(parts, old, new)
     return type(config).from_dict(_as_dict(config, new))
+
+
+def _cut(part: PretrainedConfig, fields: dict[str, Any], wanted: int) -> dict[str, Any]:
+    key = names.find(part, fields, "num_hidden_layers")
+    counts = {k: v for k, v in fields.items() if is_layer_count(k) and is_int(v) and v > 0}
+    key = key or next(iter(counts), None)
+    if key is None or fields[key] < 1:
+        return {k: type(v)(min(x, 1) for x in v) for k, v in fields.items() if k == "depths" and v}
+    total = fields[key]
+    new = cut_layers(fields, total, keep_layers(fields, total, wanted))
+    stack = fields.get("num_layers_per_stack")
+    if stack and stack != total and total % stack == 0:  # so many stacks of layers
+        new[key] = total // stack * new["num_layers_per_stack"]
+    return new
+
+
+def _bound_outputs(
+    parts: list[PretrainedConfig], old: dict[int, dict[str, Any]], new: dict[int, dict[str, Any]]
+) -> None:
+    """Keep the layers of the vision tower whose outputs another part asks for within those that it has."""
+    seeing = [new[id(p)] for p in parts if "patch_size" in old[id(p)]]
+    kept = next((v for fields in seeing for k, v in fields.items() if is_layer_count(k) and is_int(v)), None)
+    for part in parts:
+        for name, value in old[id(part)].items():
+            if kept and is_layer_output(name) and "patch_size" not in old[id(part)] and value is not None:
+                new[id(part)][name] = bound_output(value, kept)
+
+
+def _counts(
+    fields: dict[str, Any], chosen: dict[str, Any], vocab_size: int, whole_vocabulary: int | None
+) -> dict[str, Any]:
+    new: dict[str, Any] = {}
+    scaled = "original_max_position_embeddings" in repr(fields)
+    for name, value in fields.items():
+        if isinstance(value, dict) and names.CHUNK.search(name):
+            new[name] = {k: min(v, _WINDOW) if is_int(v) else v for k, v in value.items()}
+        elif isinstance(value, (list, tuple)) and names.EXPERTS.search(name):
+            new[name] = type(value)(min(v, _MOST_EXPERTS) for v in value)
+        elif isinstance(value, (list, tuple)) and names.GRID.search(name) and len(value) == 2:
+            new[name] = list(_GRID)
+            new.update({k: math.prod(_GRID) for k, v in fields.items() if names.POSITIONS.search(k)})
+        if not is_int(value) or value <= 0 or name in chosen or name in new:
+            continue
+        if names.VOCABULARY.search(name):
+            new[name] = vocab_size if value == whole_vocabulary else min(value, vocab_size)
+        elif names.EXPERTS.search(name):
+            new[name] = min(value, _MOST_EXPERTS)
+        elif names.TOP_K.search(name):
+            new[name] = min(value, 2)
+        elif names.QUERIES.search(name):
+            new[name] = min(value, 4)
+        elif name == "base_channels":
+            new[name] = min(value, 32)  # normalised in 32 groups
+        elif name == "topk_group":
+            new[name] = 1
+        elif names.CHUNK.search(name) or (names.WINDOW.search(name) and "patch_size" not in fields):
+            new[name] = min(value, _WINDOW)
+        elif names.POSITIONS.search(name) and not scaled:
+            new[name] = min(value, _POSITIONS)
+    return new
+
+
+def _token_table(parts: Any, vocab_size: int) -> dict[int, int]:
+    """Where each special token of the whole config goes: small ids stay, large ones move to the end, in order."""
+    found: set[int] = set()
+    for fields in parts:
+        for name, value in fields.items():
+            if names.is_token(name):
+                listed = value if isinstance(value, (list, tuple)) else [value]
+                found.update(v for v in listed if is_int(v) and v >= 0)
+    large = sorted(v for v in found if v >= 8)
+    return {v: vocab_size - len(large) + i for i, v in enumerate(large)}
+
+
+def _map_ints(value: Any, table: dict[int, int]) -> Any:
+    if is_int(value):
+        return table.get(value, value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map_ints(v, table) for v in value)
+    return value
 
 
 def _as_dict(config: PretrainedConfig, new: dict[int, dict[str, Any]]) -> dict[str, Any]:
@@ -49,182 +151,8 @@ def _as_dict(config: PretrainedConfig, new: dict[int, dict[str, Any]]) -> dict[s
     for name, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
             data[name] = _as_dict(value, new)
-    for name, value in new[id(config)].items():
-        data[name] = value
+    data.update(new[id(config)])
     return data
-
-
-_TOKEN = re.compile(r"(token_ids?|token_index|_token|_index|im_\w+_id|patch_id|lang_id|suppress_tokens)$")
-_NOT_TOKEN = re.compile(r"(start_index|end_index|start_token_index)$")
-_VOCAB = re.compile(r"vocab|^num_embeddings$|codebook_size|_types$")
-_EXPERTS = re.compile(r"^(num_experts|n_routed_experts|num_local_experts|moe_num_experts|zero_expert_num|n_experts)$")
-_TOP_K = re.compile(r"(experts_per_tok|experts_per_token|moe_top_?k|moe_k|^top_?k(_experts)?)$")
-_KV_HEADS = re.compile(r"(key_value_heads|kv_heads|kv_n_heads|query_groups|num_key_heads)$")
-_HEADS = re.compile(r"(attention_heads|^n_heads?|num_heads|_heads)$")
-_GROUPS = re.compile(r"(n_groups|o_groups|^num_groups|ngroups)$")
-_HEAD_DIM = re.compile(r"(head_dim|d_head|dim_head|d_kv|kv_channels|headdim|head_size)$")
-_HIDDEN = ("hidden_size", "d_model", "embed_dim", "n_embd", "emb_dim", "dim", "embedding_dim", "hidden_dim")
-_WIDTH = re.compile(
-    r"(size|dim|width|rank|channels?|d_model|d_ff|dff|inner|ffn|embd|hidden|intermediate|d_inner|d_ssm|features)$"
-    r"|^(mlp_hidden|hidden_size|projection|intermediate|ffn)"
-)
-_NOT_WIDTH = re.compile(
-    r"(patch|image|kernel|window|block|chunk|group|merge|crop|tile|batch|conv_|vocab|canvas|parallel|stride|pool"
-    r"|img|position|num_|resolution)"
-)
-_WINDOW = re.compile(r"(sliding_window|attention_window|window_size|local_attention|window_len|sliding_window_size)$")
-
-
-class _Shrinker:
-    """Values chosen so far, shared by all parts of one config."""
-
-    def __init__(self, layers: int, heads: int, vocab_size: int, parts: list[PretrainedConfig]) -> None:
-        self.layers, self.heads, self.vocab_size = layers, heads, vocab_size
-        self.new: dict[int, dict[str, Any]] = {}
-        self.widths: dict[int, int] = {}
-        self.spare = [64, 32, 96, 48, 128, 160, 192, 224, 256]
-        self.tokens = _token_map(parts, vocab_size)
-
-    def shrink(self, part: PretrainedConfig) -> None:
-        old = {k: v for k, v in vars(part).items() if not k.startswith("_")}
-        new: dict[str, Any] = {}
-        self.new[id(part)] = new
-        names = {v: k for k, v in part.attribute_map.items()}
-        canon = {k: names.get(k, k) for k in old}
-
-        total = _first_int(old, canon, "num_hidden_layers") or _layer_count(old)
-        new.update(cut_layers(old, total, self.layers))
-        self._heads(old, new, canon)
-        self._widths(part, old, new, canon)
-        self._counts(old, new)
-
-    def _heads(self, old: dict[str, Any], new: dict[str, Any], canon: dict[str, str]) -> None:
-        for k, v in old.items():
-            if _is_int(v) and v > 0 and _HEADS.search(canon[k]) and not _KV_HEADS.search(canon[k]):
-                new[k] = min(v, self.heads) if v > 1 else v
-        queries = _first(old, canon, "num_attention_heads")
-        for k, v in old.items():
-            if _is_int(v) and v > 0 and _KV_HEADS.search(canon[k]):
-                q = old.get(queries) if queries else None
-                new[k] = 1 if v == 1 else self.heads if v == q else max(self.heads // 2, 1)
-            elif isinstance(v, (list, tuple)) and k.startswith("num_attention_heads") and v:
-                pass
-        for k, v in old.items():
-            if _is_int(v) and _GROUPS.search(k):
-                new[k] = 1 if v == 1 else 2
-
-    def _widths(self, part: PretrainedConfig, old: dict[str, Any], new: dict[str, Any], canon: dict[str, str]) -> None:
-        hidden_key = next((k for h in _HIDDEN for k in old if canon[k] == h and _is_int(old[k])), None)
-        dims = {k: v for k, v in old.items() if _is_int(v) and v > 0 and _HEAD_DIM.search(k)}
-        unit = math.gcd(*dims.values()) if dims else 1
-        largest = max(dims.values(), default=0) // unit
-        step = 16 if largest <= 1 else 8
-        for k, v in dims.items():
-            new[k] = v // unit * step if largest <= 8 else max(8, round(v / max(dims.values()) * 64 / 8) * 8)
-        hidden = old.get(hidden_key) if hidden_key else None
-        if hidden_key is None or not hidden:
-            return self._ratios(old, new, canon, None, None)
-        heads_key = _first(old, canon, "num_attention_heads")
-        heads = old.get(heads_key) if heads_key else None
-        dim_key = next((k for k in old if canon[k] == "head_dim" and k in dims), None)
-        narrow = self.widths.get(hidden)
-        if narrow is None:
-            narrow = next(w for w in self.spare if w not in self.widths.values())
-            if heads_key and heads and dim_key:
-                whole = new[heads_key] * new[dim_key]
-                ratio = heads * old[dim_key] / hidden
-                narrow = whole if ratio == 1 else whole // 2 if ratio > 1 else whole * 2
-            self.widths[hidden] = narrow
-        new[hidden_key] = narrow
-        if heads_key and heads and dim_key and heads * old[dim_key] == hidden:
-            new[dim_key] = narrow // new[heads_key]
-        for k, v in old.items():
-            if k in new and _HEADS.search(canon[k]) and k != heads_key and not _KV_HEADS.search(canon[k]):
-                for d, w in dims.items():
-                    if (v * w) % hidden == 0 and v * w // hidden <= 4:
-                        exact = v * w // hidden * narrow / new[d]
-                        if exact == int(exact) and 1 <= exact <= 32:
-                            new[k] = int(exact)
-                            break
-        return self._ratios(old, new, canon, hidden, narrow)
-
-    def _ratios(
-        self, old: dict[str, Any], new: dict[str, Any], canon: dict[str, str], hidden: int | None, narrow: int | None
-    ) -> None:
-        for k, v in old.items():
-            if k in new or not _WIDTH.search(k) or _NOT_WIDTH.search(k):
-                continue
-            if _is_int(v) and v >= 16:
-                new[k] = self._width(v, hidden, narrow)
-            elif isinstance(v, (list, tuple)) and v and all(_is_int(x) and x >= 16 for x in v):
-                new[k] = type(v)(self._width(x, hidden, narrow) for x in v)
-
-    def _width(self, value: int, hidden: int | None, narrow: int | None) -> int:
-        if value in self.widths:
-            return self.widths[value]
-        if hidden is None or narrow is None:
-            hidden, narrow = next(iter(self.widths.items()), (1024, 64))
-        return min(4 * narrow, max(8, round(value * narrow / hidden / 8) * 8))
-
-    def _counts(self, old: dict[str, Any], new: dict[str, Any]) -> None:
-        for k, v in old.items():
-            if _is_token(k):
-                new[k] = _map_ints(v, self.tokens)
-            elif k in new or not _is_int(v):
-                continue
-            elif _VOCAB.search(k) and v > self.vocab_size:
-                new[k] = self.vocab_size
-            elif _EXPERTS.search(k):
-                new[k] = min(v, 4)
-            elif _TOP_K.search(k) or k in ("n_group", "num_expert_group"):
-                new[k] = min(v, 2)
-            elif k == "topk_group":
-                new[k] = 1
-            elif _WINDOW.search(k):
-                new[k] = min(v, 8)
-            elif k == "attention_chunk_size":
-                new[k] = min(v, 16)
-
-
-def _token_map(parts: list[PretrainedConfig], vocab_size: int) -> dict[int, int]:
-    found: set[int] = set()
-    for part in parts:
-        for k, v in vars(part).items():
-            if _is_token(k):
-                found.update(x for x in (v if isinstance(v, (list, tuple)) else [v]) if _is_int(x) and x >= 0)
-    small = {i for i in found if i < 8}
-    large = sorted(found - small)
-    first = vocab_size - len(large)
-    return {i: i for i in small} | {v: first + n for n, v in enumerate(large)}
-
-
-def _map_ints(value: Any, table: dict[int, int]) -> Any:
-    if _is_int(value):
-        return table.get(value, value)
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map_ints(v, table) for v in value)
-    return value
-
-
-def _is_token(name: str) -> bool:
-    return bool(_TOKEN.search(name)) and not _NOT_TOKEN.search(name)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _first(old: dict[str, Any], canon: dict[str, str], name: str) -> str | None:
-    return next((k for k in old if canon[k] == name and _is_int(old[k])), None)
-
-
-def _first_int(old: dict[str, Any], canon: dict[str, str], name: str) -> int | None:
-    key = _first(old, canon, name)
-    return old[key] if key else None
-
-
-def _layer_count(old: dict[str, Any]) -> int | None:
-    return next((v for k, v in old.items() if is_layer_count(k) and _is_int(v)), None)
 
 
 __all__ = ["tiny_twin"]

@@ -70,11 +70,11 @@ class Ranks:
         try:
             result = step()
         except (Exception, CheckpointException) as caught:  # the latter is a BaseException
-            error, cause = _describe(caught), caught
-        for rank, message in enumerate(self.gather(error)):
-            if message is not None:
-                where = f" on rank {rank}" if self.world_size > 1 else ""
-                raise CheckpointError(f"{what} failed{where}: {message}") from cause
+            error, cause = (_rank_of(caught, self.rank), _describe(caught)), caught
+        for failed in self.gather(error):
+            if failed is not None:
+                where = f" on rank {failed[0]}" if self.world_size > 1 else ""
+                raise CheckpointError(f"{what} failed{where}: {failed[1]}") from cause
         return result  # type: ignore[return-value]
 
     def on_main(self, what: str, step: Callable[[], T]) -> T:
@@ -86,6 +86,11 @@ class Ranks:
 def _finish(work: Any, tensor: torch.Tensor) -> None:
     """Wait for ``work``, which needs ``tensor`` until then."""
     work.wait()
+
+
+def _rank_of(error: BaseException, here: int) -> int:
+    """The rank at fault: DCP raises the same on all, and says in it where it was."""
+    return min(error.failures, default=here) if isinstance(error, CheckpointException) else here
 
 
 def _describe(error: BaseException) -> str:

@@ -6,6 +6,7 @@ each as a DTensor and exchanges the modules' classes (``tp_layers``). It knows n
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,7 +28,8 @@ class Layer:
     """One layer's part in a plan.
 
     Args:
-        kind: ``column``, ``row``, ``vocabulary`` (an embedding) or ``experts`` (stacked weights).
+        kind: ``column``, ``row``, ``vocabulary`` (an embedding), ``experts`` (stacked weights) or ``identity`` (an
+            expert that returns its input).
         parts: sizes of what a column layer fuses along its output (a row layer along its input); None = one thing.
         whole: a column layer's output is gathered; a row layer's input is split.
     """
@@ -44,7 +46,7 @@ class TensorParallelPlan:
     layers: Mapping[str, Layer]
     parameters: Mapping[str, Storage] = field(default_factory=dict)  # those of modules that are no linear layer
     regions: frozenset[str] = frozenset()  # modules that take their input in once for all their column layers
-    divided: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # integer attributes to divide by the ranks
+    divided: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # integers to divide: `num_heads`, `config.x`
     blocks: tuple[tuple[str, ...], ...] = ()  # decoder blocks, one tuple for each stack
 
 
@@ -78,9 +80,17 @@ def tensor_parallelize(
             become(module, kind, ranks, own)
         if name in along.sharded:
             module.__dict__["tp_sequence"] = sequence
-        for attribute in plan.divided.get(name, ()):
-            setattr(module, attribute, getattr(module, attribute) // ranks.size)
+        _divide(module, plan.divided.get(name, ()), ranks.size)
     return model
+
+
+def _divide(module: nn.Module, attributes: tuple[str, ...], ranks: int) -> None:
+    if any(attribute.startswith("config.") for attribute in attributes):
+        module.config = copy.copy(module.config)  # the others' config keeps its numbers
+    for attribute in attributes:
+        owner: Any = module.config if attribute.startswith("config.") else module
+        name = attribute.removeprefix("config.")
+        setattr(owner, name, getattr(owner, name) // ranks)
 
 
 def _kinds(
@@ -95,6 +105,8 @@ def _kinds(
     elif layer.kind == "column":
         entered = bool(plan.regions & _prefixes(name))
         found.append((tp_layers.Column, {"tp_gather": layer.whole, "tp_entered": entered}))
+        if not isinstance(module, nn.Linear):  # Conv1D shapes its output by this number
+            module.nf = module.nf // ranks.size  # type: ignore[operator,assignment]
     elif layer.kind == "row":
         found.append((tp_layers.Row, {"tp_split": layer.whole}))
     elif layer.kind == "vocabulary":
@@ -106,6 +118,8 @@ def _kinds(
             module.padding_idx = local if 0 <= local < rows else None  # type: ignore[assignment]
     elif layer.kind == "experts":
         found.append((tp_layers.Experts, {}))
+    elif layer.kind == "identity":
+        found.append((tp_layers.IdentityExpert, {}))
     else:
         raise ModelError(f"tensor parallelism: {name}: unknown kind of layer {layer.kind!r}")
     if name in plan.regions:
@@ -125,12 +139,27 @@ def _storage(modules: Mapping[str, nn.Module], plan: TensorParallelPlan) -> dict
         storage |= _layer_storage(name, modules[name], layer)
     for name, own in plan.parameters.items():
         storage[name] = own
-    return storage
+    return storage | _of_shared_vectors(modules, storage)
+
+
+def _of_shared_vectors(modules: Mapping[str, nn.Module], storage: Mapping[str, Storage]) -> dict[str, Storage]:
+    """A vector that a cut layer shares with a module that only names it (a head's bias) is cut for both."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for module_name, module in modules.items():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter.ndim == 1:
+                names.setdefault(parameter, []).append(_join(module_name, key))
+    shared: dict[str, Storage] = {}
+    for group in names.values():
+        cut = next((storage[name] for name in group if storage[name].dim is not None), None)
+        if cut is not None and len(group) > 1:
+            shared |= dict.fromkeys(group, cut)
+    return shared
 
 
 def _layer_storage(name: str, module: nn.Module, layer: Layer) -> dict[str, Storage]:
     """A column layer's outputs, a row layer's inputs and an embedding's rows are cut; so are the adapter's."""
-    if layer.kind == "experts":
+    if layer.kind in ("experts", "identity"):
         return {}
     transposed = getattr(module, "nf", None) is not None  # transformers' Conv1D keeps [in, out]
     cut = Storage(0, layer.parts)

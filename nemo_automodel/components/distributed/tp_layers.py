@@ -65,8 +65,9 @@ class Sharded:
     def tp_parameter(self, name: str) -> Tensor | None:
         """Parameter ``name`` as forward sees it; a parameter that FSDP2 has sharded is returned as it is."""
         parameter = self._parameters.get(name)  # type: ignore[attr-defined]
-        if not isinstance(parameter, DTensor) or len(parameter.placements) != 1:
+        if not _is_here(parameter):
             return parameter
+        assert isinstance(parameter, DTensor)
         storage, local = self.tp_storage[name], parameter.to_local()
         if storage.summed:
             return copy_to_ranks(local, self.tp_ranks) if local.requires_grad else local
@@ -135,6 +136,14 @@ class Experts(Sharded):
         return reduce_from_ranks(super().forward(*args, **kwargs), self.tp_ranks)  # type: ignore[misc]
 
 
+class IdentityExpert(Sharded):
+    """An expert without weights: as each rank's output is summed, each gives its share."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., H]`` -> ``[..., H]``."""
+        return super().forward(x) / self.tp_ranks.size  # type: ignore[misc]
+
+
 class Region(Sharded):
     """A module whose column layers share its input and whose output is its row layer's: it takes the input in once."""
 
@@ -159,6 +168,9 @@ class WholeSequence(Sharded):
         return self.tp_sequence.trim(gather_from_ranks(x, 1, self.tp_ranks))
 
     def _split(self, x: Tensor) -> Tensor:
+        if x.ndim == 2:  # tokens of all rows in one dimension, as routers leave them
+            rows = x.unflatten(0, (-1, self.tp_sequence.length))
+            return split_to_ranks(self.tp_sequence.pad(rows), 1, self.tp_ranks).flatten(0, 1)
         return split_to_ranks(self.tp_sequence.pad(x), 1, self.tp_ranks)
 
 
@@ -263,11 +275,16 @@ def _seen(name: str) -> property:
     return property(lambda self: self.tp_parameter(name))
 
 
-def _no_bias(self: Sharded) -> None:
-    return None
+def _no_bias(self: Any) -> Tensor | None:
+    bias = self._parameters["bias"]
+    return None if _is_here(bias) else bias
 
 
-def _zero_bias(self: Sharded) -> Tensor:
-    bias = self.tp_parameter("bias")
-    assert bias is not None
-    return torch.zeros_like(bias, requires_grad=False)
+def _zero_bias(self: Any) -> Tensor | None:
+    bias = self._parameters["bias"]
+    return torch.zeros_like(bias.to_local(), requires_grad=False) if _is_here(bias) else bias
+
+
+def _is_here(parameter: Any) -> bool:
+    """Whether ``parameter`` is sharded by tensor parallelism alone, not by FSDP2 too."""
+    return isinstance(parameter, DTensor) and len(parameter.placements) == 1

@@ -61,3 +61,20 @@ def test_model_class() -> None:
 def test_positions() -> None:
     assert compat.takes_positions(build("llama"))
     assert not compat.takes_positions(build("bloom", n_layer=1, n_head=4))
+
+
+def test_tensor_parallel_plan() -> None:
+    plan = compat.own_tp_plan(build("llama"))
+    assert plan["model.layers.*.self_attn.q_proj"] == "colwise"
+    assert plan["model.layers.*.mlp.down_proj"] == "rowwise"
+    assert plan["lm_head"] == "colwise_gather_output"
+    assert compat.own_tp_plan(build("gpt2")) == {}
+    experts = compat.own_tp_plan(build("qwen3_moe"))
+    assert experts["model.layers.*.mlp.experts.gate_up_proj"] == "packed_colwise"
+
+
+def test_class_and_arguments() -> None:
+    model = build("llama")
+    assert compat.base_class(model) is LlamaForCausalLM
+    assert compat.takes(model, "use_cache")
+    assert not compat.takes(model, "cu_seqlens")

@@ -1,0 +1,11 @@
+"""A dataset that takes its time: on rank 0 first, then on the others."""
+
+import time
+
+from nemo_automodel.components.datasets.llm.column_mapped import make_instruction_dataset
+
+
+def slow(tokenizer, seconds, path="data.jsonl"):
+    print("slow data", flush=True)
+    time.sleep(seconds)
+    return make_instruction_dataset(path, {"question": "question", "answer": "answer"}, tokenizer=tokenizer)
