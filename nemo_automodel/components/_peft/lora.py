@@ -90,9 +90,10 @@ class PeftConfig:
         """What the low-rank product is multiplied by."""
         return self.alpha / self.dim
 
-    def apply(self, model: nn.Module) -> list[str]:
+    def apply(self, model: nn.Module, device: torch.device | None = None) -> list[str]:
         """Freeze ``model`` and adapt its matching linear layers in place; returns their names.
 
+        ``device``: where it will run, of a model on the meta device. Default: where it is.
         With an initialised process group every rank must call it, so that all draw the same initial values.
 
         Raises:
@@ -105,7 +106,7 @@ class PeftConfig:
             model, _as_list(self.target_modules), _as_list(self.exclude_modules), self.match_all_linear
         )
         model.requires_grad_(False)
-        use_triton = bool(self.use_triton) and self._report_kernel(model)
+        use_triton = bool(self.use_triton) and self._report_kernel(device or next(model.parameters()).device)
         dtype = _parse_dtype(self.lora_dtype)
         for module in selection.targets.values():
             adapt(module, self.dim, self.scale, self.dropout, self.dropout_position, self.use_dora,
@@ -160,18 +161,19 @@ class PeftConfig:
         """
         return weight_merges(model)
 
-    def _report_kernel(self, model: nn.Module) -> bool:
+    def _report_kernel(self, device: torch.device) -> bool:
         """Whether the Triton path can serve these adapters; the reason why not, or not yet, is logged once."""
         reason = unsupported_reason(self.dim)
         if self.use_dora:
             reason = "DoRA rescales the base layer's output"
         elif self.dropout > 0:
             reason = "dropout is on"
-        device = next(model.parameters()).device.type
         if reason is not None:
             logger.warning("LoRA: use_triton is on, but %s; plain PyTorch is used", reason)
-        elif device != "meta" and not runs_on(device):
-            logger.warning("LoRA: use_triton is on, but Triton does not run on %s; plain PyTorch is used there", device)
+        elif device.type != "meta" and not runs_on(device.type):
+            logger.warning(
+                "LoRA: use_triton is on, but Triton does not run on %s; plain PyTorch is used there", device.type
+            )
         return reason is None
 
     def _report(self, model: nn.Module, skipped: dict[str, str]) -> None:
