@@ -143,13 +143,7 @@ def stopped(tmp_path_factory):
     return run
 
 
-SAMPLE = [
-    ("FSDP4", "FSDP2"),
-    ("FSDP4", "FSDP1"),
-    ("FSDP4", "FSDP2xTP2"),
-    ("FSDP2 async", "FSDP2"),
-    ("FSDP2 async", "DDP2"),
-]
+SAMPLE = [("FSDP4", "FSDP1"), ("FSDP4", "FSDP2xTP2"), ("FSDP4", "DDP2")]
 PAIRS = [pytest.param(a, b, marks=[] if (a, b) in SAMPLE else [pytest.mark.full]) for a in LAYOUTS for b in LAYOUTS]
 
 

@@ -108,6 +108,7 @@ def load(folder: str, kind: str, *families: str) -> None:
             assert model.generation_config.to_dict() == plain.generation_config.to_dict()
             assert [str(c) for c in model._weight_conversions] == [str(c) for c in plain._weight_conversions]
             save(model, path, Path(folder) / "saved", env)
+    fresh(env, manager, Path(folder) / f"fresh-{kind}-{env.world_size}.txt")
     env.shutdown()
 
 
@@ -143,23 +144,18 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize(("kind", "nproc"), [pytest.param("1d", 1, marks=pytest.mark.full), ("1d", 2), ("2d", 4)])
-def test_every_tensor_is_what_transformers_loads(folder, kind, nproc):
-    torchrun("tests.ranks.test_sharded_loading:load", nproc, folder, kind, *FAMILIES)
-
-
 FRESH = ("llama", "gemma3_text", "gpt2", "qwen3_moe")
 
 
-def fresh(out: str) -> None:
-    env = DistEnv()
+def fresh(env: DistEnv, manager, out: Path) -> None:
+    """Note what fresh weights are, for a comparison between numbers of ranks."""
     torch.manual_seed(5 + env.rank)
-    manager, digests = FSDP2Manager(env=env), []
+    digests = []
     peft = PeftConfig(match_all_linear=True, use_dora=True)
     for family in FRESH:
-        over = FAMILIES[family]
         for adapter in (None, peft) if family == "llama" else (None,):
-            model = NeMoAutoModelForCausalLM.from_config(tiny_config(family, **over), distributed=manager, peft=adapter)
+            config = tiny_config(family, **FAMILIES[family])
+            model = NeMoAutoModelForCausalLM.from_config(config, distributed=manager, peft=adapter)
             sums = hashlib.sha256()
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
                 value = whole(tensor)
@@ -167,14 +163,13 @@ def fresh(out: str) -> None:
                 sums.update(name.encode() + value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
             digests.append(f"{family} {adapter is not None} {sums.hexdigest()}")
     if env.is_main:
-        Path(out).write_text("\n".join(digests))
-    env.shutdown()
+        out.write_text("\n".join(digests))
 
 
-def test_fresh_weights_are_the_same_for_every_number_of_ranks(tmp_path):
-    for nproc in (1, 2, 4):
-        torchrun("tests.ranks.test_sharded_loading:fresh", nproc, tmp_path / f"{nproc}.txt")
-    first = (tmp_path / "1.txt").read_text().splitlines()
-    assert len(set(first)) == len(FRESH) + 1
-    for nproc in (2, 4):
-        assert (tmp_path / f"{nproc}.txt").read_text().splitlines() == first
+@pytest.mark.parametrize(("kind", "nproc"), [pytest.param("1d", 1, marks=pytest.mark.full), ("1d", 2), ("2d", 4)])
+def test_every_tensor_is_what_transformers_loads_and_fresh_ones_are_the_same(folder, kind, nproc):
+    torchrun("tests.ranks.test_sharded_loading:load", nproc, folder, kind, *FAMILIES)
+    found = [path.read_text().splitlines() for path in sorted(folder.glob("fresh-*.txt"))]
+    assert len(set(found[0])) == len(FRESH) + 1
+    for each in found:
+        assert each == found[0]

@@ -118,8 +118,8 @@ class LoRALinear(nn.Module):
         self.lora_B.reset_parameters(generator)
         magnitude = self._parameters["lora_magnitude_vector"]
         if magnitude is not None:
-            norm = torch.linalg.vector_norm(self.dense_weight(), dim=1, dtype=torch.float32)
-            assign(magnitude, full_tensor(norm))
+            whole = full_tensor(self.dense_weight())  # summed in one order, whatever the sharding
+            assign(magnitude, torch.linalg.vector_norm(whole, dim=1, dtype=torch.float32))
 
 
 def stored(module: nn.Module, name: str) -> nn.Parameter:
