@@ -1,6 +1,6 @@
 """The autoclasses: a Hugging Face model, loaded, adapted, compiled and sharded, still of its own class.
 
-Order: load -> LoRA -> compile each block -> shard. One function, ``_assemble``, is that order.
+Order: load -> LoRA -> FP8 -> compile each block -> shard. One function, ``_assemble``, is that order.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class _NeMoAutoModel:
         distributed: Any = None,
         compile: Any = None,
         packed: bool = False,
+        fp8: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Load a checkpoint from the Hub or a local directory, and get it ready to train.
@@ -61,6 +62,7 @@ class _NeMoAutoModel:
             distributed: a ``DistributedManager``, or None to stay on one device, unsharded.
             compile: a ``CompileConfig``, or None not to compile.
             packed: batches will be packed; refused for models whose layers would mix documents.
+            fp8: an ``Fp8Config``, or None to compute in ``dtype`` alone.
             **kwargs: further arguments of transformers' ``from_pretrained`` and overrides of the config.
 
         Returns:
@@ -90,7 +92,7 @@ class _NeMoAutoModel:
         )
         model.__dict__["_automodel_source"] = source
         model.export_dtype = loading.own_dtype(config) or compute  # type: ignore[assignment]
-        return _assemble(model, compute, attn_implementation, peft, distributed, compile, packed)
+        return _assemble(model, compute, attn_implementation, peft, distributed, compile, packed, fp8)
 
     @classmethod
     def from_config(
@@ -106,6 +108,7 @@ class _NeMoAutoModel:
         distributed: Any = None,
         compile: Any = None,
         packed: bool = False,
+        fp8: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Build a model with fresh weights; the same on every rank and for every number of ranks.
@@ -122,6 +125,7 @@ class _NeMoAutoModel:
             distributed: as in ``from_pretrained``.
             compile: as in ``from_pretrained``.
             packed: as in ``from_pretrained``.
+            fp8: as in ``from_pretrained``.
             **kwargs: overrides of the config's fields.
 
         Raises:
@@ -146,7 +150,7 @@ class _NeMoAutoModel:
         model.config.name_or_path = (
             ""  # fresh weights are nobody's: an adapter must not name the config's home as its base
         )
-        return _assemble(model, compute, attn_implementation, peft, distributed, compile, packed)
+        return _assemble(model, compute, attn_implementation, peft, distributed, compile, packed, fp8)
 
 
 class NeMoAutoModelForCausalLM(_NeMoAutoModel):
@@ -169,6 +173,7 @@ def _assemble(
     distributed: Any,
     compile: Any,
     packed: bool,
+    fp8: Any,
 ) -> Any:
     model = adopt(model)
     _choose_attention(model, attn_implementation)
@@ -179,6 +184,8 @@ def _assemble(
         peft.apply(model)
         model.__dict__["_automodel_peft"] = peft  # save_pretrained describes the adapter by it
     blocks = find_blocks(model)
+    if fp8 is not None:
+        fp8.apply(model, blocks)
     if compile is not None:
         compile.apply(blocks, next(model.parameters()).device)
     if distributed is not None:

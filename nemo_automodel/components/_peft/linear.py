@@ -83,6 +83,7 @@ class LoRALinear(nn.Module):
             runs_on(x.device.type)
             and x.dtype == self.weight.dtype
             and x.dtype != torch.float64
+            and not getattr(self, "quantized", False)  # the base product is then not one with ``weight``
             and not self.weight.requires_grad
             and (self.bias is None or not self.bias.requires_grad)
             and not isinstance(x, DTensor)
