@@ -75,8 +75,15 @@ class DistributedManager(Protocol):
         """Say before each micro-batch whether its backward must reduce gradients over ranks."""
         ...
 
+    def shard_batch(self, batch: Batch) -> Batch:
+        """This rank's part of a micro-batch that ranks share along its sequence; ``batch`` itself where none do.
+
+        Its ``num_tokens`` and ``num_label_tokens`` are this part's: ``all_reduce_sum`` adds them up.
+        """
+        ...
+
     def all_reduce_sum(self, value: torch.Tensor | float) -> torch.Tensor:
-        """Sum over the data-parallel ranks, as a float64 tensor on the device (float32 where it has no float64)."""
+        """Sum over the ranks that hold different tokens, as a float64 tensor on the device."""
         ...
 
 

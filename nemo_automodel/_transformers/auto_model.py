@@ -1,6 +1,7 @@
 """The autoclasses: a Hugging Face model, loaded, adapted, compiled and sharded, still of its own class.
 
-Order: load -> LoRA -> FP8 -> compile each block -> shard. One function, ``_assemble``, is that order.
+Order: load -> LoRA -> tensor or expert parallelism -> FP8 -> checkpoint activations -> compile each block -> shard. One
+function, ``_assemble``, is that order.
 """
 
 from __future__ import annotations
@@ -13,10 +14,16 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from nemo_automodel._transformers import compat, loading
 from nemo_automodel._transformers.blocks import find_blocks
+from nemo_automodel._transformers.cp_check import require_context_parallel
+from nemo_automodel._transformers.ep_plan import ep_plan_for
 from nemo_automodel._transformers.mixin import adopt
 from nemo_automodel._transformers.packing_trial import require_packing
+from nemo_automodel._transformers.tp_plan import tp_plan_for
 from nemo_automodel._transformers.window_trial import find_window
 from nemo_automodel.components.attention import function as attention_function
+from nemo_automodel.components.distributed.activation_checkpointing import checkpoint_activations
+from nemo_automodel.components.distributed.expert_parallel import expert_parallelize
+from nemo_automodel.components.distributed.tensor_parallel import tensor_parallelize
 from nemo_automodel.errors import ConfigError, ModelError
 
 logger = logging.getLogger(__name__)
@@ -180,12 +187,23 @@ def _assemble(
     find_window(model)
     if packed:
         require_packing(model)
+    sizes = getattr(distributed, "sizes", None)  # of our own managers; a user's shards in its own way
+    if sizes is not None and sizes.cp > 1:
+        require_context_parallel(model)
     if peft is not None:
         peft.apply(model)
         model.__dict__["_automodel_peft"] = peft  # save_pretrained describes the adapter by it
+    tp_mesh = getattr(distributed, "tp_mesh", None)  # a manager of the user's own may know no such thing
+    if tp_mesh is not None and tp_mesh.size() > 1:
+        along_sequence = getattr(distributed, "sequence_parallel", False)
+        tensor_parallelize(model, tp_plan_for(model, tp_mesh, along_sequence), tp_mesh, along_sequence)
+    expert_mesh = getattr(distributed, "expert_mesh", None)
+    if expert_mesh is not None:
+        expert_parallelize(model, ep_plan_for(model), expert_mesh["ep"])
     blocks = find_blocks(model)
     if fp8 is not None:
         fp8.apply(model, blocks)
+    checkpoint_activations(blocks, getattr(distributed, "activation_checkpointing", "off"))
     if compile is not None:
         compile.apply(blocks, next(model.parameters()).device)
     if distributed is not None:

@@ -71,3 +71,13 @@ def model_class_for(auto_class: Any, config: PretrainedConfig) -> type | None:
 def takes_positions(model: nn.Module) -> bool:
     """Whether the model's forward has ``position_ids``."""
     return "position_ids" in inspect.signature(type(model).forward).parameters
+
+
+def own_ep_plan(model: nn.Module) -> dict[str, str]:
+    """The expert-parallel styles that the model brings: module or parameter name, layers as ``*`` -> style."""
+    return dict(getattr(model, "_ep_plan", None) or {})
+
+
+def own_tp_plan(model: nn.Module) -> dict[str, str]:
+    """The tensor-parallel styles that the model brings: module or parameter name, layers as ``*`` -> style."""
+    return dict(getattr(model, "_tp_plan", None) or {})

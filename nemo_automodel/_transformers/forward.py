@@ -19,7 +19,15 @@ from torch.nn import functional as F
 
 from nemo_automodel._transformers import compat
 from nemo_automodel._transformers.cp_check import context_layout
-from nemo_automodel._transformers.head import HeadTap, LogitTransform, head_of, infer_transform, is_whole, probe_logits
+from nemo_automodel._transformers.head import (
+    HeadTap,
+    LogitTransform,
+    head_of,
+    infer_transform,
+    is_whole,
+    probe_logits,
+    vocabulary_group,
+)
 from nemo_automodel._transformers.inputs import is_right_padded
 from nemo_automodel._transformers.packing import PASSES_DOCUMENTS, refuse_packing
 from nemo_automodel._transformers.window_trial import passes_window
@@ -169,6 +177,10 @@ def _forward_tapped(
     if head is None:
         state.give_up(model, "its output head is not a plain linear layer")
         return None
+    group = vocabulary_group(head)
+    if group is not None and not _accepts(request.loss_fn, "tp_group"):
+        state.give_up(model, "the loss takes no tp_group, and the output head's vocabulary is sharded")
+        return None
     first = state.transform is None
     probe = probe_logits(head.out_features, head.weight.device) if first else None
 
@@ -192,6 +204,7 @@ def _forward_tapped(
             label_indices=request.label_indices,
             logit_scale=state.transform.scale,
             logit_softcap=state.transform.softcap,
+            **({} if group is None else {"tp_group": group}),
         )
         request.fused = True
         return reported(request.result)
@@ -317,6 +330,11 @@ def _prepare_padded(model: nn.Module, inputs: dict[str, Any], right_padded: bool
 def _accepted(base_forward: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Any]:
     names, open_ended = _parameters(base_forward)
     return inputs if open_ended else {k: v for k, v in inputs.items() if k in names}
+
+
+def _accepts(loss_fn: Any, name: str) -> bool:
+    parameters = inspect.signature(loss_fn).parameters.values()
+    return any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 @cache

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from nemo_automodel.components.distributed.tp_layers import Column
+
 
 @dataclass(frozen=True)
 class LogitTransform:
@@ -69,9 +71,15 @@ def head_of(model: nn.Module) -> nn.Linear | None:
     """
     get_head: Any = getattr(model, "get_output_embeddings", None)
     head = None if get_head is None else get_head()
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or head._forward_hooks:
+    if not isinstance(head, nn.Linear) or head._forward_hooks:
         return None
-    return head
+    own = super(Column, head).forward.__func__ if isinstance(head, Column) else type(head).forward  # type: ignore[misc]
+    return head if own is nn.Linear.forward else None
+
+
+def vocabulary_group(head: nn.Module) -> Any:
+    """The process group whose ranks share the head's rows in its forward, None where each has them all."""
+    return head.tp_ranks.group if isinstance(head, Column) else None
 
 
 def is_whole(head: nn.Linear) -> bool:

@@ -170,7 +170,7 @@ def initialize(
 def check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
     """Raise ModelError where ``tokenizer`` makes ids that the model's embedding has no row for."""
     embedding: Any = model.get_input_embeddings()
-    rows = embedding.weight.shape[0]
+    rows = next(embedding.parameters()).shape[0]  # the stored weight: ``.weight`` may be this rank's share of it
     if len(tokenizer) > rows:
         raise ModelError(
             f"tokenizer {tokenizer.name_or_path} has {len(tokenizer)} tokens, but the embedding of "

@@ -59,6 +59,9 @@ class Annotations:
 
     def _check(self, node: Node, path: str, annotation: ast.expr, module: str) -> list[Misfit]:
         members = list(self._members(annotation, module, _ALIAS_DEPTH))
+        if node.trap is not None and node.text in _choices(members):  # `off` where the word off is a choice
+            node.value, node.trap = node.text, None
+            return []
         if node.trap is not None and not (isinstance(node.value, bool) and {"bool"} == _simple(members) - {"None"}):
             return [Misfit(node, path, *_split(node.trap))]
         fit, value = self._best(node, members, module)
@@ -166,15 +169,17 @@ class Annotations:
         )
 
     def _explain(self, node: Node, annotation: ast.expr, members: list[ast.expr]) -> tuple[str, str]:
-        choices = [
-            str(v) for m in members if _name(m) == "Literal" and isinstance(m, ast.Subscript) for v in _literals(m)
-        ]
+        choices = [str(choice) for choice in _choices(members)]
         names = _simple(members)
         if choices and (isinstance(node.value, str) or not names - {"None"}):
             close = nearest(str(node.value), choices)
             return f"not one of {', '.join(choices)}", f"did you mean `{close}`?" if close else f"write {choices[0]}"
         expected = ast.unparse(annotation).strip("'\"")
         return f"expected {expected}, not {_describe(node)}", _fix(node, names, members)
+
+
+def _choices(members: list[ast.expr]) -> list[Any]:
+    return [v for m in members if _name(m) == "Literal" and isinstance(m, ast.Subscript) for v in _literals(m)]
 
 
 _SCALARS: dict[str | None, type] = {"int": int, "float": float, "bool": bool, "str": str, "None": type(None)}

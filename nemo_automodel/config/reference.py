@@ -20,6 +20,7 @@ ALTERNATIVES = {
         "nemo_automodel.components.datasets.llm.column_mapped.make_instruction_dataset",
         "nemo_automodel.components.datasets.llm.chat.make_chat_dataset",
     ),
+    "distributed": ("nemo_automodel.components.distributed.ddp.DDPManager",),
     "loss_fn": ("nemo_automodel.components.loss.masked_ce.MaskedCrossEntropy",),
 }
 """Other targets of ours for a section, described in full."""

@@ -6,14 +6,17 @@ them by the incoming gradient. The idea is Liger's fused linear cross-entropy (a
 chunks are large enough for the matrix products to run at full speed, that the head's gradient is accumulated in fp32,
 and that nothing is computed for rows or tensors that need none.
 
-Shapes: T rows given, n rows with a label, H hidden size, V vocabulary.
+Shapes: T rows given, n rows with a label, H hidden size, V vocabulary (this rank's share of it, where it is sharded).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 _CHUNK_BYTES = {"cpu": 32 << 20}
 _CHUNK_BYTES_ACCELERATOR = 1 << 30
@@ -29,6 +32,9 @@ class LinearCrossEntropyOptions:
     chunk_size: int | None = None  # rows; None = by `chunk_rows`
     logit_scale: float = 1.0
     logit_softcap: float | None = None  # c: logits become c * tanh(logits / c)
+    vocab_group: Any = (
+        None  # process group whose ranks hold equal shares of the vocabulary, in order; None = all is here
+    )
 
 
 def chunk_rows(rows: int, vocab_size: int, element_size: int, device_type: str) -> int:
@@ -68,15 +74,7 @@ def cross_entropy_rows(
     Returns:
         [n] fp32, not reduced.
     """
-    z = logits.float()
-    if bias is not None:
-        z = z + bias.float()
-    z = z * logit_scale
-    slope: torch.Tensor | float = logit_scale
-    if logit_softcap:
-        squashed = torch.tanh(z / logit_softcap)
-        z = squashed * logit_softcap
-        slope = (1 - squashed * squashed) * logit_scale
+    z, slope = _transformed(logits, bias, logit_scale, logit_softcap)
     kept = labels != ignore_index
     target = torch.where(kept, labels, 0).unsqueeze(1)
     log_z = torch.logsumexp(z, dim=-1, keepdim=True)
@@ -114,7 +112,7 @@ def linear_cross_entropy(
         hidden: [T, H], dtype as ``weight``.
         weight: [V, H].
         bias: [V] or None.
-        labels: [T] int64.
+        labels: [T] int64, of the whole vocabulary.
         label_indices: [n] int64, distinct: the rows to compute, which must include every labelled one. None = all T
             rows run through the head (on a CPU: the labelled ones, since looking at the labels costs nothing there).
         options: see ``LinearCrossEntropyOptions``.
@@ -171,7 +169,8 @@ def _run_chunks(hidden, weight, bias, labels, label_indices, options, needs):
         hidden, labels = hidden.index_select(0, label_indices), labels.index_select(0, label_indices)
     need_hidden, need_weight, need_bias = needs
     n, vocab_size = hidden.shape[0], weight.shape[0]
-    rows = options.chunk_size or chunk_rows(n, vocab_size, hidden.element_size(), hidden.device.type)
+    element_size = hidden.element_size() if options.vocab_group is None else 16  # fp32 copies are made of sharded rows
+    rows = options.chunk_size or chunk_rows(n, vocab_size, element_size, hidden.device.type)
 
     d_hidden = torch.empty_like(hidden) if need_hidden else None
     d_weight = weight.new_empty(weight.shape, dtype=torch.float32) if need_weight else None
@@ -179,13 +178,14 @@ def _run_chunks(hidden, weight, bias, labels, label_indices, options, needs):
         d_weight.zero_()  # otherwise the first chunk writes all of it
     d_bias = weight.new_zeros(vocab_size, dtype=torch.float32) if need_bias else None
     loss = hidden.new_empty(n, dtype=torch.float32)
+    rows_of = cross_entropy_rows if options.vocab_group is None else partial(_sharded_rows, group=options.vocab_group)
     stride = -(-vocab_size // _COLUMN_MULTIPLE) * _COLUMN_MULTIPLE
     buffer = hidden.new_empty(min(rows, n), stride)[:, :vocab_size]
     for start in range(0, n, rows):
         chunk = slice(start, min(start + rows, n))
         logits = buffer[: chunk.stop - start]
         torch.mm(hidden[chunk], weight.t(), out=logits)
-        loss[chunk] = cross_entropy_rows(
+        loss[chunk] = rows_of(
             logits,
             labels[chunk],
             bias,
@@ -200,7 +200,56 @@ def _run_chunks(hidden, weight, bias, labels, label_indices, options, needs):
             _accumulate_product(d_weight, logits.t(), hidden[chunk], beta=0 if start == 0 else 1)
         if d_bias is not None:
             d_bias += logits.sum(0, dtype=torch.float32)
+    if d_hidden is not None and options.vocab_group is not None:
+        dist.all_reduce(d_hidden, group=options.vocab_group)
     return loss.sum(), d_hidden, d_weight, d_bias
+
+
+def _sharded_rows(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    ignore_index: int,
+    logit_scale: float,
+    logit_softcap: float,
+    with_grad: bool,
+    group: Any,
+) -> torch.Tensor:
+    """As ``cross_entropy_rows``, each rank of ``group`` having V columns of the logits: two numbers a row are summed.
+
+    In torch operations on every device, a few fp32 copies of one chunk's logits.
+    """
+    z, slope = _transformed(logits, bias, logit_scale, logit_softcap)
+    columns = z.shape[1]
+    kept = labels != ignore_index
+    local = labels - dist.get_rank(group) * columns
+    here = kept & (local >= 0) & (local < columns)
+    target = torch.where(here, local, 0).unsqueeze(1)
+    most = z.amax(dim=-1)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+    exp = torch.exp(z - most.unsqueeze(1))
+    sums = torch.stack([exp.sum(-1), torch.where(here, z.gather(1, target).squeeze(1), 0.0)])
+    dist.all_reduce(sums, group=group)
+    loss = torch.where(kept, sums[0].log() + most - sums[1], 0.0)
+    if with_grad:
+        grad = exp.div_(sums[0].unsqueeze(1))
+        grad.scatter_add_(1, target, -here.to(grad.dtype).unsqueeze(1))
+        logits.copy_(grad.mul_(slope).mul_(kept.unsqueeze(1)))
+    return loss
+
+
+def _transformed(
+    logits: torch.Tensor, bias: torch.Tensor | None, scale: float, softcap: float
+) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """The logits in fp32 after bias, scale and soft-cap, and the derivative of that."""
+    z = logits.float()
+    if bias is not None:
+        z = z + bias.float()
+    z = z * scale
+    if not softcap:
+        return z, scale
+    squashed = torch.tanh(z / softcap)
+    return squashed * softcap, (1 - squashed * squashed) * scale
 
 
 def _accumulate_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: int) -> None:

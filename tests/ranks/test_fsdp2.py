@@ -70,9 +70,14 @@ def single():
     ("kwargs", "message"),
     [
         ({"dp_size": 3}, "dp_size=3: 1 process"),
-        ({"tp_size": 2}, "tp_size=2: only 1"),
-        ({"cp_size": 2}, "cp_size=2: only 1"),
-        ({"sequence_parallel": True}, "sequence_parallel=true"),
+        ({"tp_size": 2}, "tp_size 2 x cp_size 1 = 2 does not divide the 1 process"),
+        ({"cp_size": 3, "dp_size": 2}, "dp_size x tp_size x cp_size = 6 must equal that"),
+        ({"cp_size": 0}, "cp_size=0: write 1 or more"),
+        ({"dp_replicate_size": 2}, "dp_replicate_size=2: does not divide the 1 data-parallel rank.s.; write one of 1"),
+        ({"sequence_parallel": True}, "sequence_parallel=true: .* tp_size is 1"),
+        ({"pp_size": 2}, "pp_size=2: pipeline parallelism is not part of this release"),
+        ({"activation_checkpointing": "on"}, "activation_checkpointing=on: write one of off, selective, full"),
+        ({"offload": True}, "offload=true: the run is on the CPU already"),
     ],
 )
 def test_meshes_that_do_not_fit_say_why(single, kwargs, message):

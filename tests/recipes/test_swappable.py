@@ -74,6 +74,9 @@ MINE = textwrap.dedent(
         def sync_gradients(self, model, last_micro_batch):
             pass
 
+        def shard_batch(self, batch):
+            return batch
+
         def all_reduce_sum(self, value):
             return torch.as_tensor(value, dtype=torch.float64)
     """

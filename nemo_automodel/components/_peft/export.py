@@ -16,7 +16,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for name, layer in lora_layers(model):
         for part in _ADAPTER_PARTS:
-            parameter = getattr(layer, part) if "." not in part else getattr(layer, part.split(".")[0]).weight
+            owner = layer if "." not in part else layer.get_submodule(part.split(".")[0])
+            parameter = owner._parameters[part.rsplit(".", 1)[-1]]  # as stored: an attribute may be a rank's share
             if parameter is not None:
                 tensors[f"{PREFIX}{name}.{part}"] = parameter
     return tensors

@@ -25,7 +25,8 @@ class LoRAWeight(nn.Module):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the values anew: on the CPU in fp32, so that every device and every sharding gets the same ones."""
-        full = torch.empty(self.weight.shape, dtype=torch.float32)
+        weight = stored(self, "weight")
+        full = torch.empty(weight.shape, dtype=torch.float32)
         if self.init == "zeros":
             full.zero_()
         elif self.init == "kaiming":
@@ -33,8 +34,8 @@ class LoRAWeight(nn.Module):
         elif self.init == "xavier":
             nn.init.xavier_normal_(full, generator=generator)
         else:
-            nn.init.normal_(full, std=1 / self.weight.shape[0], generator=generator)
-        assign(self.weight, full)
+            nn.init.normal_(full, std=1 / weight.shape[0], generator=generator)
+        assign(weight, full)
 
 
 class LoRALinear(nn.Module):
@@ -59,9 +60,12 @@ class LoRALinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in]`` -> ``[..., out]``."""
         dropout = self.lora_dropout if self.training else 0.0
-        if self.lora_use_triton and dropout == 0.0 and self._kernel_takes(x):
-            weight = self.weight.t() if self.lora_transposed else self.weight
-            return lora_linear(x, weight, self.bias, self.lora_A.weight, self.lora_B.weight, self.lora_scale)
+        quantized = getattr(self, "quantized", False)  # the base product is then not one with ``weight``
+        if self.lora_use_triton and dropout == 0.0 and not quantized:
+            weight, bias = self.weight, self.bias  # once: under tensor parallelism they may be made here
+            if _kernel_takes(x, weight, bias):
+                dense = weight.t() if self.lora_transposed else weight
+                return lora_linear(x, dense, bias, self.lora_A.weight, self.lora_B.weight, self.lora_scale)
         y = super().forward(x)
         pre = dropout > 0.0 and self.lora_dropout_position == "pre"
         adapter_in = F.dropout(x, dropout) if pre else x
@@ -77,54 +81,67 @@ class LoRALinear(nn.Module):
         magnitude = self.lora_magnitude_vector.float() / self.weight_norm()
         return y + (magnitude - 1).to(x.dtype) * base + magnitude.to(x.dtype) * low_rank
 
-    def _kernel_takes(self, x: torch.Tensor) -> bool:
-        """Whether the Triton op can take this call; the rest was settled, and reported, when the adapter was put on."""
-        return (
-            runs_on(x.device.type)
-            and x.dtype == self.weight.dtype
-            and x.dtype != torch.float64
-            and not getattr(self, "quantized", False)  # the base product is then not one with ``weight``
-            and not self.weight.requires_grad
-            and (self.bias is None or not self.bias.requires_grad)
-            and not isinstance(x, DTensor)
-            and not isinstance(self.weight, DTensor)
-            and x.numel() > 0
-        )
-
     def dense_weight(self) -> torch.Tensor:
-        """The base weight as ``[out, in]``, whichever way the layer stores it."""
-        return self.weight.t() if self.lora_transposed else self.weight
+        """The stored base weight as ``[out, in]``, whichever way the layer stores it."""
+        weight = stored(self, "weight")
+        return weight.t() if self.lora_transposed else weight
 
     @torch.no_grad()
     def weight_norm(self) -> torch.Tensor:
-        """DoRA's ``||W + scale * B A||`` per output row, fp32 ``[out]``; without gradient, as the method prescribes.
+        """DoRA's ``||W + scale * B A||`` per output row, fp32 ``[out]``; without gradient, as the method prescribes."""
+        return self.squared_weight_norm().clamp_min(0).sqrt()
+
+    @torch.no_grad()
+    def squared_weight_norm(self) -> torch.Tensor:
+        """Its square, as a sum over input columns: where they are sharded, the ranks' squares add up.
 
         Expanded into its three terms, so that no matrix of W's size is made:
         ``|W|^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>``, row by row.
         """
-        weight, a, b = self.dense_weight(), self.lora_A.weight.float(), self.lora_B.weight.float()
+        weight = self.weight.t() if self.lora_transposed else self.weight
+        a, b = self.lora_A.weight.float(), self.lora_B.weight.float()
         cross = F.linear(weight, a.to(weight.dtype)).float()
         squared = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
-        squared = squared + 2 * self.lora_scale * (cross * b).sum(1) + self.lora_scale**2 * (b @ (a @ a.t()) * b).sum(1)
-        return squared.clamp_min(0).sqrt()
+        return squared + 2 * self.lora_scale * (cross * b).sum(1) + self.lora_scale**2 * (b @ (a @ a.t()) * b).sum(1)
 
     @torch.no_grad()
     def merged_weight(self) -> torch.Tensor:
         """The weight with the adapter in it, in the base's layout and dtype (summed in fp32); sharded as the base is."""
-        merged = low_rank_sum(
-            self.dense_weight(), self.lora_A.weight, self.lora_B.weight, self.lora_scale, self.lora_magnitude_vector
-        )
+        a, b = stored(self.lora_A, "weight"), stored(self.lora_B, "weight")
+        merged = low_rank_sum(self.dense_weight(), a, b, self.lora_scale, self._parameters["lora_magnitude_vector"])
         merged = merged.t() if self.lora_transposed else merged
-        return merged.to(self.weight.dtype).contiguous()
+        return merged.to(stored(self, "weight").dtype).contiguous()
 
     @torch.no_grad()
     def reset_adapter(self, generator: torch.Generator | None = None) -> None:
         """Start over: A random, B zero, DoRA's magnitude the base weight's own norm, so that the model is the base."""
         self.lora_A.reset_parameters(generator)
         self.lora_B.reset_parameters(generator)
-        if self.lora_magnitude_vector is not None:
+        magnitude = self._parameters["lora_magnitude_vector"]
+        if magnitude is not None:
             norm = torch.linalg.vector_norm(self.dense_weight(), dim=1, dtype=torch.float32)
-            assign(self.lora_magnitude_vector, full_tensor(norm))
+            assign(magnitude, full_tensor(norm))
+
+
+def stored(module: nn.Module, name: str) -> nn.Parameter:
+    """Parameter ``name`` as it is stored; the attribute may be this rank's share of it (tensor parallelism)."""
+    parameter = module._parameters[name]
+    assert parameter is not None
+    return parameter
+
+
+def _kernel_takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether the Triton op can take this call; the rest was settled, and reported, when the adapter was put on."""
+    return (
+        runs_on(x.device.type)
+        and x.dtype == weight.dtype
+        and x.dtype != torch.float64
+        and not weight.requires_grad
+        and (bias is None or not bias.requires_grad)
+        and not isinstance(x, DTensor)
+        and not isinstance(weight, DTensor)
+        and x.numel() > 0
+    )
 
 
 def adapt(

@@ -20,8 +20,8 @@ def shard_sequence(batch: Batch, cp_mesh: DeviceMesh) -> Batch:
 
     The sequence is padded to a multiple of 2n and cut into 2n chunks, of which rank r holds r and 2n-1-r: the later a
     chunk, the more keys its queries see, so that each such pair costs the same. ``position_ids`` (always there then)
-    keep their whole-sequence values, ``num_tokens`` and ``num_label_tokens`` stay the whole batch's, and ``cp_layout``
-    tells the attention function where the chunks belong. Call it while the batch is on the CPU.
+    keep their whole-sequence values, ``num_tokens`` and ``num_label_tokens`` become this rank's share of them, and
+    ``cp_layout`` tells the attention function where the chunks belong. Call it while the batch is on the CPU.
 
     Raises DataError for rows with padding before their tokens.
     """
@@ -49,6 +49,9 @@ def shard_sequence(batch: Batch, cp_mesh: DeviceMesh) -> Batch:
             chunks = padded.chunk(2 * size, dim=1)
             shard[name] = torch.cat([chunks[i] for i in held], dim=1)
     shard["label_indices"] = (shard["labels"].reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)
+    shard["num_label_tokens"] = shard["label_indices"].numel()
+    if "num_tokens" in batch:  # the shares add up to the whole, however padding and filler fall
+        shard["num_tokens"] = batch["num_tokens"] * (rank + 1) // size - batch["num_tokens"] * rank // size
     shard["right_padded"] = True
     shard["cp_layout"] = ContextLayout(cp_mesh.get_group(), held, order, cu_seqlens)
     return cast(Batch, shard)

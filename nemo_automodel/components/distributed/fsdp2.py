@@ -1,43 +1,63 @@
 """FSDP2: parameters sharded over the data-parallel ranks, one decoder block at a time.
 
-One device goes through the same code: a mesh of one shards and communicates nothing, and leaves out frozen weights that
-need no cast, but keeps the same dtypes (weights stored in their own, computed with in ``compute_dtype``).
+One device goes through the same code: a mesh of one shards and communicates nothing, and leaves out weights that need no
+cast, but keeps the same dtypes (weights stored in their own, computed with in ``compute_dtype``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from nemo_automodel.components.distributed.activation_checkpointing import require_mode
+from nemo_automodel.components.distributed.expert_parallel import ParallelExperts
+from nemo_automodel.components.distributed.mesh import (
+    MeshManager,
+    MeshSizes,
+    data_parallel_size,
+    place,
+    replicas,
+    require_expert_ranks,
+)
 from nemo_automodel.errors import ConfigError
 
 if TYPE_CHECKING:
     from nemo_automodel.components.distributed.env import DistEnv
 
+_REDUCE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-class FSDP2Manager:
-    """Shards a model with ``fully_shard``, block by block, over every process.
+
+class FSDP2Manager(MeshManager):
+    """Shards a model with ``fully_shard``, block by block; composes with tensor, sequence and context parallelism.
 
     Args:
-        dp_size: Number of data-parallel ranks: ``none`` or ``auto`` for every process, or their number.
-        tp_size: Tensor-parallel ranks. Only 1 in this version.
-        cp_size: Context-parallel ranks. Only 1 in this version.
-        sequence_parallel: Shard activations along the sequence between TP regions. Only false in this version.
+        dp_size: Number of data-parallel ranks: ``none`` or ``auto`` for every process that ``tp_size`` and ``cp_size``
+            leave, or their number.
+        tp_size: Ranks that share each layer (tensor parallelism). Default 1.
+        cp_size: Ranks that share each sequence (context parallelism). Default 1.
+        ep_size: Ranks, of the data- and context-parallel ones, that share the experts of each mixture-of-experts layer
+            (expert parallelism); not together with ``tp_size``. Default 1.
+        sequence_parallel: With ``tp_size`` > 1: shard activations along the sequence between tensor-parallel regions.
+        dp_replicate_size: Of the data-parallel ranks, how many hold a copy of the same shards (HSDP): weights are
+            gathered within ``dp_size / dp_replicate_size`` ranks, gradients summed over all. Default 1.
+        pp_size: Pipeline parallelism is not part of this release; only 1.
+        activation_checkpointing: What is computed again in backward instead of kept: ``off`` nothing, ``selective``
+            all but matrix products and attention, ``full`` each block whole. Default off.
         reshard_after_forward: Free a block's gathered weights after its forward and gather them again for its
             backward. Default true; on one rank false, since all it could free are the casts to ``compute_dtype``.
-            False trades memory for one all-gather (or cast) a block.
+            False trades memory for one all-gather (or cast) a block. The last block always keeps them: its backward
+            comes next.
+        reduce_dtype: What gradients are summed over ranks in: ``float32`` (default) or ``bfloat16``.
+        prefetch: How many blocks ahead weights are gathered explicitly; 0 (default) leaves it to the order in which
+            the host issues the work, which is enough where the host runs ahead of the device.
+        offload: Keep weights, gradients and the optimizer's state in host memory, bringing them to the device block by
+            block. Default false.
         env: The process environment (given by the recipe).
-
-    Attributes:
-        device: Where this rank computes.
-        mesh: One-dimensional ``DeviceMesh`` named ``dp``.
-        dp_rank, dp_size: This rank among those that see different data.
     """
 
     def __init__(
@@ -45,68 +65,132 @@ class FSDP2Manager:
         dp_size: int | str | None = "none",
         tp_size: int = 1,
         cp_size: int = 1,
+        ep_size: int = 1,
         sequence_parallel: bool = False,
+        dp_replicate_size: int = 1,
+        pp_size: int = 1,
+        activation_checkpointing: Literal["off", "selective", "full"] = "off",
         reshard_after_forward: bool | None = None,
+        reduce_dtype: Literal["float32", "bfloat16"] = "float32",
+        prefetch: int = 0,
+        offload: bool = False,
         env: DistEnv | None = None,
     ):
-        for name, value in (("tp_size", tp_size), ("cp_size", cp_size)):
-            if value != 1:
-                raise ConfigError(f"distributed.{name}={value}: only 1 is available in this version; write {name}: 1")
-        if sequence_parallel:
+        if pp_size != 1:
             raise ConfigError(
-                "distributed.sequence_parallel=true: needs tensor parallelism, not in this version; write false"
+                f"distributed.pp_size={pp_size}: pipeline parallelism is not part of this release; leave it out and "
+                "raise dp_size, tp_size or cp_size instead"
             )
-        world_size = dist.get_world_size() if env is None else env.world_size
-        wanted = world_size if dp_size in (None, "none", "auto") else int(dp_size)
-        if wanted != world_size:
+        if sequence_parallel and tp_size == 1:
             raise ConfigError(
-                f"distributed.dp_size={wanted}: {world_size} process(es) were started, and dp_size x tp_size x cp_size "
-                f"must equal that; write dp_size: none, or start {wanted} processes"
+                "distributed.sequence_parallel=true: it shards activations between tensor-parallel regions, and "
+                "tp_size is 1; write tp_size: 2 or more, or leave it out"
             )
-        self.device = env.device if env is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.mesh = init_device_mesh(self.device.type, (world_size,), mesh_dim_names=("dp",))
-        self.dp_rank, self.dp_size = self.mesh.get_local_rank(), world_size
+        require_mode(activation_checkpointing)
+        world_size, device = place(env)
+        if offload and device.type == "cpu":
+            raise ConfigError("distributed.offload=true: the run is on the CPU already; leave it out")
+        dp = data_parallel_size(world_size, dp_size, tp_size, cp_size)
+        copies, shards = replicas(dp, dp_replicate_size)
+        require_expert_ranks(ep_size, shards * cp_size, tp_size)
+        super().__init__(MeshSizes(copies, shards, cp=cp_size, tp=tp_size, ep=ep_size), device)
+        self.sequence_parallel = sequence_parallel
+        self.activation_checkpointing = activation_checkpointing
         self.reshard_after_forward = reshard_after_forward
+        self.reduce_dtype = _REDUCE_DTYPES[reduce_dtype]
+        self.prefetch = prefetch
+        self.offload = offload
 
     def parallelize(self, model: nn.Module, blocks: Sequence[nn.Module], compute_dtype: torch.dtype) -> nn.Module:
         """Shard ``model`` in place: each of ``blocks`` is a unit of communication, the rest one more.
 
         Parameters keep the dtype they have (that is what the optimizer updates) and are cast to ``compute_dtype``
-        when gathered. Gradients are summed over ranks in float32, never divided: the loss is already normalised by
-        the global number of label tokens. Between the micro-batches of a step gradients add up in float32 too, except
-        on one rank where weights are kept in ``compute_dtype`` themselves (pure bf16): there torch adds them in it.
+        when gathered. Gradients are summed over ranks in ``reduce_dtype``, never divided: the loss is already
+        normalised by the global number of label tokens. Between the micro-batches of a step gradients add up in
+        ``reduce_dtype`` too, except on one rank where weights are kept in ``compute_dtype`` themselves (pure bf16):
+        there torch adds them in it.
         """
-        model.to(self.device)
-        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-        alone = self.dp_size == 1
-        policy = MixedPrecisionPolicy(
-            param_dtype=None if dtypes == {compute_dtype} else compute_dtype, reduce_dtype=torch.float32
+        if not self.offload and not any(p.is_meta for p in model.parameters()):
+            model.to(self.device)
+        shards = self.sizes.dp_shard * self.sizes.cp
+        shard(
+            model,
+            blocks,
+            mesh=over(self.mesh, "dp_shard_cp"),
+            expert_mesh=over(self.expert_mesh, "dp_shard_ep") if self.expert_mesh is not None else None,
+            compute_dtype=compute_dtype,
+            reduce_dtype=self.reduce_dtype,
+            reshard=shards > 1 if self.reshard_after_forward is None else self.reshard_after_forward,
+            offload=CPUOffloadPolicy() if self.offload else OffloadPolicy(),
         )
-        # One rank has nothing to gather or to sum: weights that need no cast stay out of it, and a gradient factor of
-        # 1 would only cost a pass over all gradients.
-        left_out = {p for p in model.parameters() if alone and p.dtype == compute_dtype}
-        reshard = not alone if self.reshard_after_forward is None else self.reshard_after_forward
-        for block in blocks:
-            fully_shard(block, mesh=self.mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=left_out)
-        fully_shard(model, mesh=self.mesh, mp_policy=policy, ignored_params=left_out)
-        for module in model.modules():
-            if isinstance(module, FSDPModule) and not alone:
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
+        _prefetch(blocks, self.prefetch)
         return model
 
     def sync_gradients(self, model: nn.Module, last_micro_batch: bool) -> None:
         """Reduce gradients over ranks in the backward of the last micro-batch only; the others accumulate locally."""
-        assert isinstance(model, FSDPModule)
-        model.set_requires_gradient_sync(last_micro_batch)
-        model.set_is_last_backward(last_micro_batch)
+        sync_gradients(model, last_micro_batch)
 
-    def all_reduce_sum(self, value: torch.Tensor | float) -> torch.Tensor:
-        """Sum of ``value`` over the data-parallel ranks: a float64 scalar on the device, without waiting for it."""
-        if isinstance(value, torch.Tensor):
-            total = value.detach().to(self.device, torch.float64, copy=True)
-        else:  # a fill, where a copy from the host would wait for the device
-            total = torch.full((), value, dtype=torch.float64, device=self.device)
-        if self.dp_size > 1:
-            dist.all_reduce(total, group=self.mesh.get_group("dp"))
-        return total
+
+def shard(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    *,
+    mesh: DeviceMesh,
+    expert_mesh: DeviceMesh | None = None,
+    compute_dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
+    reshard: bool,
+    offload: OffloadPolicy | None = None,
+) -> None:
+    """``fully_shard`` each of ``blocks`` and what is left, over ``mesh`` (``[shards]`` or ``[replicas, shards]``).
+
+    Modules whose experts are shared out already are sharded by themselves, over what that leaves: ``expert_mesh``.
+    """
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if compute_dtype == torch.float64:
+        reduce_dtype = compute_dtype
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtypes == {compute_dtype} else compute_dtype, reduce_dtype=reduce_dtype
+    )
+    # One rank has nothing to gather or to sum: weights that need no cast stay out of it, and a gradient factor of
+    # 1 would only cost a pass over all gradients.
+    alone = mesh.size() == 1
+    offloaded = isinstance(offload, CPUOffloadPolicy)
+    left_out = {p for p in model.parameters() if alone and not offloaded and p.dtype == compute_dtype}
+    options: dict[str, Any] = {
+        "mp_policy": policy,
+        "ignored_params": left_out,
+        "offload_policy": offload or OffloadPolicy(),
+    }
+    experts = [m for m in model.modules() if isinstance(m, ParallelExperts)] if expert_mesh is not None else []
+    for expert in experts:
+        fully_shard(expert, mesh=expert_mesh, reshard_after_forward=reshard, **options)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard and block is not blocks[-1], **options)
+    fully_shard(model, mesh=mesh, **options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and not alone:
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def over(mesh: DeviceMesh, shards: str) -> DeviceMesh:
+    """The dimensions of ``mesh`` that ``fully_shard`` is given: replicas, where there are any, and ``shards``."""
+    return mesh["dp_replicate", shards] if mesh["dp_replicate"].size() > 1 else mesh[shards]
+
+
+def sync_gradients(model: nn.Module, last_micro_batch: bool) -> None:
+    """Say whether the next backward of a sharded ``model`` sums gradients over ranks."""
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(last_micro_batch)
+    model.set_is_last_backward(last_micro_batch)
+
+
+def _prefetch(blocks: Sequence[nn.Module], ahead: int) -> None:
+    if ahead < 1:
+        return
+    forward: list[FSDPModule] = [block for block in blocks if isinstance(block, FSDPModule)]
+    backward = forward[::-1]
+    for i in range(len(forward)):
+        forward[i].set_modules_to_forward_prefetch(forward[i + 1 : i + 1 + ahead])
+        backward[i].set_modules_to_backward_prefetch(backward[i + 1 : i + 1 + ahead])

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 
 class GradClipper:
@@ -39,16 +39,16 @@ def global_grad_norm(grads: list[torch.Tensor]) -> torch.Tensor:
     """L2 norm over all ``grads``, each counted once however it is sharded over its mesh."""
     groups: dict[tuple, list[torch.Tensor]] = defaultdict(list)
     for grad in grads:
-        groups[(grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else ()].append(grad)
+        where = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else (None, ())
+        groups[(*where, grad.dtype)].append(grad)
     total = torch.zeros((), device=grads[0].device) if grads else torch.zeros(())
-    for key, members in groups.items():
-        norms = torch._foreach_norm([_local(g) for g in members], 2, dtype=torch.float32)
+    for (mesh, placements, dtype), members in groups.items():
+        norms = torch._foreach_norm([_local(g) for g in members], 2, dtype=torch.promote_types(dtype, torch.float32))
         square_sum = torch.stack(norms).square().sum()
-        mesh, placements = key if key else (None, ())
         for dim, placement in enumerate(placements):
-            if isinstance(placement, Shard) and mesh.size(dim) > 1:
+            if hasattr(placement, "dim") and mesh.size(dim) > 1:  # sharded, strided or not
                 dist.all_reduce(square_sum, group=mesh.get_group(dim))
-        total += square_sum
+        total = total + square_sum
     return total.sqrt()
 
 

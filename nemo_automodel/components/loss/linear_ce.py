@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
@@ -44,6 +46,7 @@ class FusedLinearCrossEntropy:
         label_indices: torch.Tensor | None = None,
         logit_scale: float = 1.0,
         logit_softcap: float | None = None,
+        tp_group: Any = None,
     ) -> torch.Tensor:
         """Return the fp32 sum over label tokens; 0 with a graph of zeros where every label is ignored.
 
@@ -59,10 +62,12 @@ class FusedLinearCrossEntropy:
                 on ignored positions too, because finding them would make it wait.
             logit_scale: factor on the logits.
             logit_softcap: c in ``c * tanh(logits / c)``; None = no soft-cap.
+            tp_group: process group whose ranks share the vocabulary: ``weight`` and ``bias`` are this rank's equal
+                share of it, everything else is the same on each. No rank makes logits of the whole vocabulary.
         """
         device = hidden_states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        options = LinearCrossEntropyOptions(self.ignore_index, self.chunk_size, logit_scale, logit_softcap)
+        options = LinearCrossEntropyOptions(self.ignore_index, self.chunk_size, logit_scale, logit_softcap, tp_group)
         if label_indices is not None:
             label_indices = label_indices.to(hidden_states.device, non_blocking=True)
         with torch.autocast(device, enabled=False):

@@ -10,12 +10,11 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from nemo_automodel.components.training.progress import ProgressDisplay, format_duration
@@ -77,15 +76,13 @@ class Loggers:
         self._files: dict[str, TextIO] = {}
         self._display = ProgressDisplay(0, enabled=False)
 
-    def start(self, model: nn.Module, loader: Any, loss_fn: Any) -> None:
+    def start(self, model: nn.Module, loss_fn: Any) -> None:
         """Say once what is about to run, open the files and trackers, and start the clock.
 
         Args:
             model: The model as it will be trained.
-            loader: The training loader; its data-parallel size is read if it has one.
             loss_fn: The training criterion.
         """
-        self._ranks_per_batch = max(1, self.env.world_size // getattr(loader, "dp_size", self.env.world_size))
         first_step = self.schedule.step
         if self.env.is_main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -100,20 +97,27 @@ class Loggers:
         self._clock_step = first_step
 
     def train_step(
-        self, loss: torch.Tensor | float, grad_norm: torch.Tensor | float, lr: float, batches: Sequence[Batch]
+        self,
+        loss: torch.Tensor | float,
+        grad_norm: torch.Tensor | float,
+        lr: float,
+        num_tokens: torch.Tensor | int,
+        num_label_tokens: torch.Tensor | int,
     ) -> None:
-        """Record one optimizer step. Every rank calls it; this is where the host waits for the device.
+        """Record one optimizer step; the main rank waits here for the device.
 
         Args:
             loss: Mean loss per label token over all ranks, a scalar.
             grad_norm: Norm of all gradients before clipping, a scalar.
             lr: Learning rate of this step.
-            batches: This rank's micro-batches of this step.
+            num_tokens: Tokens of this step over all ranks, padding not counted.
+            num_label_tokens: Those that were trained on.
         """
-        num_tokens, num_label_tokens = self._count_tokens(batches)
         if not self.env.is_main:
             return
-        loss, grad_norm = float(loss), float(grad_norm)
+        loss, grad_norm, num_tokens, num_label_tokens = (
+            float(loss), float(grad_norm), int(num_tokens), int(num_label_tokens)
+        )  # fmt: skip
         now = time.monotonic()
         steps = max(1, self.schedule.step - self._clock_step)  # more than one where not every step is logged
         step_time = (now - self._clock) / steps
@@ -166,15 +170,6 @@ class Loggers:
         for extra in list(self._trackers):
             self._guard(extra, lambda tracker: tracker.close())
         self._trackers.clear()
-
-    def _count_tokens(self, batches: Sequence[Batch]) -> tuple[int, int]:
-        """Tokens (without padding) and label tokens of this step, over all ranks."""
-        counts = torch.tensor([sum(map(count_tokens, batches)), sum(batch["num_label_tokens"] for batch in batches)])
-        if self.env.world_size > 1:
-            counts = counts.to(self.env.device)
-            dist.all_reduce(counts)
-        num_tokens, num_label_tokens = (counts // self._ranks_per_batch).tolist()
-        return num_tokens, num_label_tokens
 
     def _write(self, name: str, metrics: Mapping[str, Any]) -> None:
         self._files[name].write(json.dumps(metrics) + "\n")
@@ -236,12 +231,14 @@ def _is_up_to(line: str, step: int) -> bool:
         return False
 
 
-def count_tokens(batch: Batch) -> int:
-    """Tokens of ``batch``, padding not counted; by its mask where a loader of one's own does not say how many."""
-    if "num_tokens" in batch:
-        return batch["num_tokens"]
-    mask = batch.get("attention_mask")
-    return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
+def count_tokens(batches: Iterable[Batch]) -> int:
+    """Tokens of ``batches``, padding not counted; by their masks where a loader of one's own does not say how many."""
+    total = 0
+    for batch in batches:
+        mask = batch.get("attention_mask")
+        counted = int(mask.sum()) if mask is not None and "num_tokens" not in batch else batch["input_ids"].numel()
+        total += batch.get("num_tokens", counted)
+    return total
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -16,6 +16,7 @@ import torch
 from nemo_automodel._transformers.forward import forward_loss
 from nemo_automodel._transformers.inputs import to_device
 from nemo_automodel._transformers.limits import check_data_fits
+from nemo_automodel.components.training.metrics import count_tokens
 from nemo_automodel.config import Config
 from nemo_automodel.errors import DataError
 from nemo_automodel.recipes.run import run_recipe
@@ -30,7 +31,7 @@ def main(cfg: Config) -> None:
     # --- where we run -----------------------------------------------------------------------------------------
     env = cfg.dist_env.instantiate()  # process group, rank, device
     dist = cfg.distributed.instantiate(env=env)  # the mesh, and how a model is spread over it
-    rng = cfg.rng.instantiate(rank=env.rank)
+    rng = cfg.rng.instantiate(rank=dist.dp_rank)
 
     # --- data: before the model, because it is cheap and fails for more reasons --------------------------------
     tokenizer = cfg.tokenizer.instantiate(model_name=cfg.model_name)
@@ -79,20 +80,21 @@ def main(cfg: Config) -> None:
     fingerprint = {"config": cfg.resolved(), "data": getattr(loader, "fingerprint", None)}
     state = TrainState(model, tokenizer, peft, optimizer, lr_scheduler, schedule, rng, fingerprint)
     checkpointer.restore(state)
-    log.start(model=model, loader=loader, loss_fn=loss_fn)
+    log.start(model=model, loss_fn=loss_fn)
 
     # --- training: one iteration is one optimizer step ---------------------------------------------------------
     model.train()
     for batches in schedule.iterate(loader):
         rng.seed_step(schedule.step)  # dropout is a function of (seed, step, rank): nothing to restore
-        num_label_tokens = dist.all_reduce_sum(sum(batch["num_label_tokens"] for batch in batches)).clamp(min=1)
+        batches = [dist.shard_batch(batch) for batch in batches]  # along the sequence, under context parallelism
+        num_label_tokens = dist.all_reduce_sum(sum(batch["num_label_tokens"] for batch in batches))
         num_micro_batches = dist.all_reduce_sum(sum(batch["num_label_tokens"] > 0 for batch in batches)).clamp(min=1)
         loss_sum = torch.zeros((), device=dist.device)
         for i, batch in enumerate(batches):
             dist.sync_gradients(model, last_micro_batch=i == len(batches) - 1)
             ce_sum, aux = forward_loss(model, to_device(batch, dist.device), loss_fn)
             share = (batch["num_label_tokens"] > 0) / num_micro_batches  # of auxiliary losses: their mean
-            (ce_sum / num_label_tokens + aux * share).backward()
+            (ce_sum / num_label_tokens.clamp(min=1) + aux * share).backward()
             loss_sum += ce_sum.detach()
 
         grad_norm = clip_gradients(params)
@@ -102,8 +104,9 @@ def main(cfg: Config) -> None:
         optimizer.zero_grad()
 
         if schedule.should_log:
-            mean_loss = dist.all_reduce_sum(loss_sum) / num_label_tokens
-            log.train_step(loss=mean_loss, grad_norm=grad_norm, lr=lr, batches=batches)
+            mean_loss = dist.all_reduce_sum(loss_sum) / num_label_tokens.clamp(min=1)
+            num_tokens = dist.all_reduce_sum(count_tokens(batches))
+            log.train_step(mean_loss, grad_norm, lr, num_tokens, num_label_tokens)
         if val_loader is not None and schedule.should_validate:
             val_loss = validate(model, val_loader, loss_fn, dist)
             log.validation(val_loss=val_loss)
@@ -122,7 +125,7 @@ def validate(model: torch.nn.Module, loader: Any, loss_fn: Any, dist: Any) -> fl
     model.eval()
     loss_sum, num_label_tokens = torch.zeros((), device=dist.device), 0
     for batches in loader.steps(epoch=0):
-        for batch in batches:
+        for batch in map(dist.shard_batch, batches):
             ce_sum, _ = forward_loss(model, to_device(batch, dist.device), loss_fn)
             loss_sum += ce_sum
             num_label_tokens += batch["num_label_tokens"]

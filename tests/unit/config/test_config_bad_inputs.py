@@ -206,3 +206,8 @@ def test_none_is_null_where_no_text_is_taken(recipe):
     cfg = load(recipe("step_scheduler:\n  max_steps: none\n"))
     assert cfg.step_scheduler.max_steps is None
     assert cfg.distributed.dp_size == "none"  # there it is a word of its own
+
+
+def test_off_is_a_word_where_it_is_a_choice(recipe):
+    path = recipe("distributed:\n  activation_checkpointing: off\n")
+    assert load(path).resolved()["distributed"]["activation_checkpointing"] == "off"

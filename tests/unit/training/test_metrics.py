@@ -51,10 +51,10 @@ def run(env: DistEnv, directory: Path, first_step: int = 0, stop_after: int = ST
     schedule.plan(loader)
     schedule.step = first_step
     log = Loggers(env, schedule=schedule, output_dir=str(directory), **options)
-    log.start(nn.Linear(2, 3), loader, nn.CrossEntropyLoss())
+    log.start(nn.Linear(2, 3), nn.CrossEntropyLoss())
     for batches in schedule.iterate(loader):
         loss = torch.tensor(1 / (3 * schedule.step), dtype=torch.float64)
-        log.train_step(loss=loss, grad_norm=torch.tensor(2.0), lr=1e-3, batches=batches)
+        log.train_step(loss, torch.tensor(2.0), 1e-3, count_tokens(batches), batches[0]["num_label_tokens"])
         if schedule.step == stop_after:
             break
     if schedule.step == STEPS:
@@ -116,9 +116,9 @@ def test_validation_and_saving_count_for_no_step(env, tmp_path):
     loader, schedule = TwoRowLoader(), StepScheduler()
     schedule.plan(loader)
     log = Loggers(env, schedule=schedule, output_dir=str(tmp_path), progress=False)
-    log.start(nn.Linear(2, 3), loader, nn.CrossEntropyLoss())
+    log.start(nn.Linear(2, 3), nn.CrossEntropyLoss())
     for batches in schedule.iterate(loader):
-        log.train_step(loss=1.0, grad_norm=1.0, lr=1.0, batches=batches)
+        log.train_step(1.0, 1.0, 1.0, count_tokens(batches), 3)
         time.sleep(0.3)
         log.validation(val_loss=1.0)
     assert max(line["step_time_s"] for line in lines(tmp_path / "metrics.jsonl")) < 0.2
@@ -187,9 +187,10 @@ def test_a_tracker_that_fails_is_reported_once_and_training_goes_on(env, tmp_pat
 
 def test_count_tokens_of_padded_and_packed_batches():
     assert (
-        count_tokens(Batch(input_ids=torch.ones(2, 4), attention_mask=torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]))) == 4
+        count_tokens([Batch(input_ids=torch.ones(2, 4), attention_mask=torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]))])
+        == 4
     )
-    assert count_tokens(Batch(input_ids=torch.ones(1, 7))) == 7
+    assert count_tokens([Batch(input_ids=torch.ones(1, 7))]) == 7
 
 
 @pytest.mark.parametrize("packed_sequence_size", [0, 16])
@@ -205,7 +206,7 @@ def test_an_epoch_counts_the_tokens_of_its_rows_and_neither_padding_nor_filler(p
     )
     batches = [batch for step in loader.steps(0) for batch in step]
     assert sum(batch["input_ids"].numel() for batch in batches) > sum(lengths)
-    assert sum(map(count_tokens, batches)) == sum(lengths)
+    assert count_tokens(batches) == sum(lengths)
 
 
 def test_peak_memory_never_falls():
