@@ -32,7 +32,8 @@ def rows_of(junit: Path) -> tuple[list[dict[str, Any]], list[str]]:
             counts.setdefault(name, Counter())[outcome] += 1
             counts[name]["seconds"] += float(case.get("time", 0))  # type: ignore[assignment]
         if broken is not None:
-            failures.append(f"{file}::{case.get('name')}: {(broken.get('message') or '').splitlines()[:1]}")
+            message = (broken.get("message") or "no message").splitlines()[0]
+            failures.append(f"{file}::{case.get('name')}: {message}")
     order = sorted(name for name in counts if name != "all") + ["all"] * ("all" in counts)
     rows = [{"file": name, **{column: round(counts[name][column]) for column in COLUMNS[1:]}} for name in order]
     return rows, failures
