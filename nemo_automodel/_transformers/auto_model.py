@@ -1,7 +1,7 @@
 """The autoclasses: a Hugging Face model, loaded, adapted, compiled and sharded, still of its own class.
 
-Order: load -> LoRA -> tensor or expert parallelism -> checkpoint activations -> compile each block -> shard. One function,
-``_assemble``, is that order.
+Order: load -> LoRA -> tensor or expert parallelism -> FP8 -> checkpoint activations -> compile each block -> shard. One
+function, ``_assemble``, is that order.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class _NeMoAutoModel:
         distributed: Any = None,
         compile: Any = None,
         packed: bool = False,
+        fp8: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Load a checkpoint from the Hub or a local directory, and get it ready to train.
@@ -68,6 +69,7 @@ class _NeMoAutoModel:
             distributed: a ``DistributedManager``, or None to stay on one device, unsharded.
             compile: a ``CompileConfig``, or None not to compile.
             packed: batches will be packed; refused for models whose layers would mix documents.
+            fp8: an ``Fp8Config``, or None to compute in ``dtype`` alone.
             **kwargs: further arguments of transformers' ``from_pretrained`` and overrides of the config.
 
         Returns:
@@ -97,7 +99,7 @@ class _NeMoAutoModel:
         )
         model.__dict__["_automodel_source"] = source
         model.export_dtype = loading.own_dtype(config) or compute  # type: ignore[assignment]
-        return _assemble(model, compute, attn_implementation, peft, distributed, compile, packed)
+        return _assemble(model, compute, attn_implementation, peft, distributed, compile, packed, fp8)
 
     @classmethod
     def from_config(
@@ -113,6 +115,7 @@ class _NeMoAutoModel:
         distributed: Any = None,
         compile: Any = None,
         packed: bool = False,
+        fp8: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Build a model with fresh weights; the same on every rank and for every number of ranks.
@@ -129,6 +132,7 @@ class _NeMoAutoModel:
             distributed: as in ``from_pretrained``.
             compile: as in ``from_pretrained``.
             packed: as in ``from_pretrained``.
+            fp8: as in ``from_pretrained``.
             **kwargs: overrides of the config's fields.
 
         Raises:
@@ -153,7 +157,7 @@ class _NeMoAutoModel:
         model.config.name_or_path = (
             ""  # fresh weights are nobody's: an adapter must not name the config's home as its base
         )
-        return _assemble(model, compute, attn_implementation, peft, distributed, compile, packed)
+        return _assemble(model, compute, attn_implementation, peft, distributed, compile, packed, fp8)
 
 
 class NeMoAutoModelForCausalLM(_NeMoAutoModel):
@@ -176,6 +180,7 @@ def _assemble(
     distributed: Any,
     compile: Any,
     packed: bool,
+    fp8: Any,
 ) -> Any:
     model = adopt(model)
     _choose_attention(model, attn_implementation)
@@ -196,6 +201,8 @@ def _assemble(
     if expert_mesh is not None:
         expert_parallelize(model, ep_plan_for(model), expert_mesh["ep"])
     blocks = find_blocks(model)
+    if fp8 is not None:
+        fp8.apply(model, blocks)
     checkpoint_activations(blocks, getattr(distributed, "activation_checkpointing", "off"))
     if compile is not None:
         compile.apply(blocks, next(model.parameters()).device)

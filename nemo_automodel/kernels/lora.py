@@ -34,6 +34,13 @@ def runs_on(device_type: str) -> bool:
     return device_type in _DEVICES
 
 
+def is_faster_for(weight: torch.Tensor) -> bool:
+    """Whether the kernels were measured to be faster than plain torch for layers with such a ``weight``."""
+    if not weight.is_cuda or torch.version.hip is not None or weight.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.cuda.get_device_capability(weight.device) >= (8, 0)
+
+
 def lora_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
