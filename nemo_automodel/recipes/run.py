@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from nemo_automodel.components.distributed.placement import adopt_slurm
 from nemo_automodel.config import Config, load
 from nemo_automodel.config.overrides import split_options
 from nemo_automodel.config.reference import help_text
@@ -39,17 +40,23 @@ def run_recipe(domain: str, argv: Sequence[str], main: Callable[[Config], Any] |
     Returns:
         The exit code. A user's mistake is printed (by rank 0), not raised.
     """
-    config: list[Config] = []
-
-    def prepare() -> None:
-        config.extend(_prepare(domain, argv))
-
-    code = guarded(prepare, main_rank_only=True)
-    if code != EXIT_OK or not config:
+    adopt_slurm()
+    code, config = check_recipe(domain, argv)
+    if config is None:
         return code
     quiet_bars()
     with messages_shown():
-        return guarded(lambda: (main or _own_main(domain))(config[0]))
+        return guarded(lambda: (main or _own_main(domain))(config))
+
+
+def check_recipe(domain: str, argv: Sequence[str]) -> tuple[int, Config | None]:
+    """Check what ``run_recipe`` would run, without importing torch: the exit code, and the config if there is one.
+
+    Without a config there is nothing to run: a mistake (printed), or arguments that asked for text only.
+    """
+    config: list[Config] = []
+    code = guarded(lambda: config.extend(_prepare(domain, argv)), main_rank_only=True)
+    return code, config[0] if code == EXIT_OK and config else None
 
 
 def _prepare(domain: str, argv: Sequence[str]) -> list[Config]:
