@@ -21,7 +21,7 @@ from typing import Any
 from nemo_automodel.cli.exit_status import ExitStatus
 from nemo_automodel.cli.network import await_name, can_listen, interface_of, local_address
 from nemo_automodel.components.distributed.placement import Nodes
-from nemo_automodel.errors import EXIT_OK, AutoModelError
+from nemo_automodel.errors import EXIT_FAULT, EXIT_OK, AutoModelError
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _INTERRUPTS_BEFORE_KILL = 3
@@ -117,11 +117,11 @@ def _exit_code(failed: tuple[int, Any] | None, status: ExitStatus, several_machi
     deadline = time.monotonic() + (_STATUS_SECONDS if several_machines and failed is not None else 0)
     while (written := status.read()) is None and time.monotonic() < deadline:
         time.sleep(0.2)
-    if failed is not None and code < 0:  # nobody else says it: a killed process cannot
-        print(f"error: rank {failed[0]} was ended by {_signal_name(-code)}", file=sys.stderr)
-        code = 128 - code
     if written is None:
-        return code
+        if failed is not None and code < 0:  # nobody else says it: a killed process cannot
+            print(f"error: rank {failed[0]} was ended by {_signal_name(-code)}", file=sys.stderr)
+        return 128 - code if code < 0 else code
+    code = EXIT_FAULT if code < 0 else code
     return written["exit_code"] or code  # it cannot be fine where a rank has failed
 
 
