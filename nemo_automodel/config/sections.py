@@ -109,6 +109,11 @@ LLM: dict[str, Section] = {
         "Gradient clipping.",
         target="nemo_automodel.components.distributed.grads.GradClipper",
     ),
+    "non_finite": Section(
+        "What happens when a loss or a gradient is NaN or infinite.",
+        target="nemo_automodel.components.training.nonfinite.NonFiniteGuard",
+        offered=("env",),
+    ),
     "checkpoint": Section(
         "Where and what is saved, and what a run resumes from.",
         target="nemo_automodel.components.checkpoint.checkpointer.Checkpointer",

@@ -18,11 +18,11 @@ from nemo_automodel.config.overrides import split_options
 from nemo_automodel.config.reference import help_text
 from nemo_automodel.config.suggest import did_you_mean
 from nemo_automodel.config.tree import dump
-from nemo_automodel.errors import EXIT_OK, AutoModelError, ConfigError
+from nemo_automodel.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED, AutoModelError, ConfigError, Terminated
 from nemo_automodel.recipes.console import messages_shown, quiet_bars
+from nemo_automodel.recipes.ending import run_to_end
 
 DOMAINS = ("llm", "vlm")
-EXIT_INTERRUPTED = 130
 _FLAGS = ("--help", "-h", "--print-config")
 _VALUED = {"-c": "recipe.yaml", "--config": "recipe.yaml", "--allow-target": "my_package"}
 
@@ -46,7 +46,7 @@ def run_recipe(domain: str, argv: Sequence[str], main: Callable[[Config], Any] |
         return code
     quiet_bars()
     with messages_shown():
-        return guarded(lambda: (main or _own_main(domain))(config))
+        return guarded(lambda: run_to_end(main or _own_main(domain), config))
 
 
 def check_recipe(domain: str, argv: Sequence[str]) -> tuple[int, Config | None]:
@@ -107,6 +107,10 @@ def guarded(action: Callable[[], Any], main_rank_only: bool = False) -> int:
         elif not main_rank_only:
             print(f"rank {rank}: {_message(error)}", file=sys.stderr)
         return error.exit_code
+    except Terminated as signal:
+        if rank == "0":
+            print(f"{signal} before the first step: nothing to save, run the same command again", file=sys.stderr)
+        return EXIT_PREEMPTED
     except KeyboardInterrupt:
         if rank == "0":
             print(

@@ -331,15 +331,24 @@ class Checkpointer:
     # --- the end --------------------------------------------------------------------------------------------------
 
     def finish(self, state: TrainState) -> None:
-        """Save the last step if it has no checkpoint, and print where the result is and how it is served."""
-        if not self.enabled:
-            return
+        """Save the last step if it has no checkpoint; print where the result is and how it is served, or continued."""
         schedule: Any = state.schedule
+        stopped = schedule.step < getattr(schedule, "total_steps", 0)
+        if not self.enabled:
+            if stopped and self._ranks.is_main:
+                print(f"stopped at step {schedule.step} of {schedule.total_steps}; checkpoint.enabled=false, not saved")
+            return
         if schedule.step > self._saved_step:
             self.save(state)
         name = publish.read_pointer(self.root, LATEST)
-        if self._ranks.is_main and name is not None:
-            print(serving_advice(self.root / name))
+        if not self._ranks.is_main or name is None:
+            return
+        print(serving_advice(self.root / name))
+        if stopped:
+            print(
+                f"stopped at step {schedule.step} of {schedule.total_steps}, saved in {self.root / name}\n"
+                "to go on, run the same command with --checkpoint.restore_from=latest"
+            )
 
 
 def _check_writable(root: Path) -> None:
