@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,20 @@ class ExitStatus:
         self._path = Path(directory) / FILE_NAME if directory else None
         self._before = self._bytes()
 
-    def read(self) -> dict[str, Any] | None:
-        """What the run has written since this object was made; None where it has not, or not a whole one yet."""
+    def read(self, seconds: float = 0) -> dict[str, Any] | None:
+        """What the run has written since this object was made; None where it has not within ``seconds``."""
+        deadline = time.monotonic() + seconds
+        while (status := self._new()) is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return status
+
+    def _new(self) -> dict[str, Any] | None:
         content = self._bytes()
         if content is None or content == self._before:
             return None
         try:
             status = json.loads(content)
-        except ValueError:
+        except ValueError:  # not a whole one yet
             return None
         return status if isinstance(status, dict) and isinstance(status.get("exit_code"), int) else None
 

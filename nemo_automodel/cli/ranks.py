@@ -10,7 +10,6 @@ import logging
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,6 +72,7 @@ def run_ranks(command: Sequence[str], nproc: int, nodes: Nodes | None, checkpoin
     Returns:
         The run's exit code: the one it has written down, else the first failed rank's (128 + n for signal n).
     """
+    from torch.distributed import DistError
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -94,8 +94,8 @@ def run_ranks(command: Sequence[str], nproc: int, nodes: Nodes | None, checkpoin
             failed = min(error.failures.items(), key=lambda item: item[1].timestamp)
         except SignalException as error:  # the terminal was closed
             return 128 + error.sigval
-        except RendezvousError as error:
-            raise AutoModelError(f"the machines did not find each other: {error}{_at(nodes)}") from error
+        except (RendezvousError, DistError) as error:  # the machine that holds the meeting has ended before this one
+            return _code_without(error, status, nodes)
     return _exit_code(failed, status, several_machines=nodes is not None)
 
 
@@ -114,15 +114,22 @@ def child_processes() -> list[int]:
 
 def _exit_code(failed: tuple[int, Any] | None, status: ExitStatus, several_machines: bool) -> int:
     code = EXIT_OK if failed is None else failed[1].exitcode
-    deadline = time.monotonic() + (_STATUS_SECONDS if several_machines and failed is not None else 0)
-    while (written := status.read()) is None and time.monotonic() < deadline:
-        time.sleep(0.2)
+    written = status.read(_STATUS_SECONDS if several_machines and failed is not None else 0)
     if written is None:
         if failed is not None and code < 0:  # nobody else says it: a killed process cannot
             print(f"error: rank {failed[0]} was ended by {_signal_name(-code)}", file=sys.stderr)
         return 128 - code if code < 0 else code
     code = EXIT_FAULT if code < 0 else code
     return written["exit_code"] or code  # it cannot be fine where a rank has failed
+
+
+def _code_without(error: Exception, status: ExitStatus, nodes: Nodes | None) -> int:
+    """The run's code where torchrun has lost the other machines, or never found them."""
+    written = status.read(_STATUS_SECONDS)
+    if written is not None:
+        return written["exit_code"]
+    meeting = f"; {nodes.count} machines were to meet at {nodes.endpoint} ({nodes.source})" if nodes else ""
+    raise AutoModelError(f"no connection to the other machines: {error}{meeting}") from error
 
 
 def _signal_name(number: int) -> str:
@@ -163,7 +170,3 @@ def _prepare_environment(nodes: Nodes | None, nproc: int) -> None:
     interface = interface_of(local_address(host, int(port)))
     if interface:  # gloo would take the one that the machine's name stands for, often the loopback
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-
-
-def _at(nodes: Nodes | None) -> str:
-    return f"; {nodes.count} machines were to meet at {nodes.endpoint} ({nodes.source})" if nodes else ""
