@@ -11,6 +11,8 @@ import typer
 from nemo_automodel.cli.arguments import positive, take
 from nemo_automodel.components.distributed.placement import Nodes, find_nodes, started_as_rank
 from nemo_automodel.config.reference import help_text
+from nemo_automodel.config.suggest import did_you_mean
+from nemo_automodel.config.tree import COMMAND_LINE
 from nemo_automodel.errors import EXIT_OK, ConfigError
 from nemo_automodel.recipes.run import check_recipe, run_recipe
 
@@ -37,6 +39,7 @@ def finetune(context: typer.Context) -> int:
             f"automodel finetune {domain}: say what kind of model first; write automodel finetune llm {domain} ..."
         )
     given, rest = take(arguments, _OPTIONS)
+    _refuse_misspelt(rest)
     wanted = Ranks.read(given)
     rank_of = started_as_rank()
     if rank_of is not None or "--help" in rest or "-h" in rest:
@@ -54,6 +57,13 @@ def finetune(context: typer.Context) -> int:
 
     command = ["nemo_automodel.cli.app", "finetune", domain, *rest]
     return run_ranks(command, nproc, wanted.nodes, getattr(config.checkpoint, "checkpoint_dir", None))
+
+
+def _refuse_misspelt(rest: list[str]) -> None:
+    for name in (argument.partition("=")[0] for argument in rest):
+        own = name.startswith("--n") and "." not in name  # no section does
+        if own and (hint := did_you_mean(name.replace("_", "-"), _OPTIONS)):
+            raise ConfigError(f"{COMMAND_LINE} {name}: unknown option; {hint}")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from nemo_automodel.recipes.ending import run_to_end
 
 DOMAINS = ("llm", "vlm")
 _FLAGS = ("--help", "-h", "--print-config")
+_OF_THE_COMMAND = ("--nproc-per-node", "--nnodes", "--rdzv-endpoint", "--rdzv-id")
 _VALUED = {"-c": "recipe.yaml", "--config": "recipe.yaml", "--allow-target": "my_package"}
 
 
@@ -66,6 +67,10 @@ def _prepare(domain: str, argv: Sequence[str]) -> list[Config]:
     if "--help" in options or "-h" in options:
         print(help_text(domain))
         return []
+    if started := next((name for name in _OF_THE_COMMAND if name in {o.partition("=")[0] for o in overrides}), None):
+        raise ConfigError(
+            f"{started}: an option of `automodel finetune`; start a script as torchrun {started} ... script.py"
+        )
     files = [*options.get("-c", []), *options.get("--config", [])]
     if len(files) != 1:
         problem = "given more than once" if files else "missing"

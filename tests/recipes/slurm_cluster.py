@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -41,7 +43,13 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def install() -> str | None:
-    """Have Slurm's programs on this machine; returns why that cannot be, or None."""
+    """Have Slurm's programs on this machine; returns why that cannot be, or None. One process of several installs."""
+    with open(Path(tempfile.gettempdir()) / "automodel-slurm-install.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _install()
+
+
+def _install() -> str | None:
     if all(map(shutil.which, PROGRAMS)):
         return None if os.geteuid() == 0 else "slurmd needs root"
     if os.geteuid() != 0 or not shutil.which("apt-get"):

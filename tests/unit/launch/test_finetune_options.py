@@ -12,12 +12,14 @@ import pytest
 from nemo_automodel.cli.app import main
 from nemo_automodel.cli.exit_status import ExitStatus
 from nemo_automodel.cli.network import can_listen, interface_of, local_address
+from nemo_automodel.recipes.run import run_recipe
 from tests.unit.config.mutations import FULL
 
 MISTAKES = {
     "none at all": (["--nproc-per-node", "0"], {}, "--nproc-per-node 0: not a number of 1 or more"),
     "no number": (["--nproc-per-node", "gpu"], {}, "--nproc-per-node gpu: not a number"),
     "no value": (["--nproc-per-node"], {}, "--nproc-per-node: no value; write --nproc-per-node 8"),
+    "misspelt": (["--nproc-per-nod", "2"], {}, "did you mean `--nproc-per-node`?"),
     "twice": (["--nproc-per-node=2", "--nproc-per-node=3"], {}, "given more than once"),
     "where to meet": (["--nnodes", "2"], {}, "write --rdzv-endpoint HOST:PORT"),
     "no port": (["--nnodes", "2", "--rdzv-endpoint", "node1"], {}, "--rdzv-endpoint node1: not an address and a port"),
@@ -45,6 +47,11 @@ def test_mistakes_are_one_message_and_exit_code_2(case, recipe, capsys, monkeypa
     shown = capsys.readouterr().err
     assert says in shown
     assert shown.count("error:") == 1
+
+
+def test_a_script_says_how_it_is_started_on_several_ranks(recipe, capsys):
+    assert run_recipe("llm", ["-c", recipe, "--nproc-per-node=2"], main=lambda cfg: None) == 2
+    assert "start a script as torchrun --nproc-per-node" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["finetune", "--help"], ["finetune", "llm", "--help"]])
