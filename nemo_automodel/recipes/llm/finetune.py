@@ -109,6 +109,7 @@ def main(cfg: Config) -> int:
         guard.step(mean_loss, grad_norm, losses, batches)  # optimizer.step(), if both are finite
         lr_scheduler.step()
         optimizer.zero_grad()
+        checkpointer.check()  # raises what went wrong with a save in the background
 
         if schedule.should_log:
             num_tokens = dist.all_reduce_sum(count_tokens(batches))

@@ -280,7 +280,7 @@ def test_use_triton_falls_back_with_one_reason(options, reason, caplog):
 )
 def test_the_kernels_are_chosen_where_they_are_faster(options, faster, expected, monkeypatch, caplog):
     """Left open, ``use_triton`` is on where the kernels were measured to be faster, and that is said."""
-    monkeypatch.setattr(lora, "is_faster_for", lambda weight: faster)
+    monkeypatch.setattr(lora, "is_faster_for", lambda weight, device: faster)
     model = build()
     with caplog.at_level(logging.INFO):
         PeftConfig(match_all_linear=True, **options).apply(model)
