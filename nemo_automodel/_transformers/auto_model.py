@@ -22,7 +22,7 @@ from nemo_automodel._transformers.packing_trial import require_packing
 from nemo_automodel._transformers.tp_plan import tp_plan_for
 from nemo_automodel._transformers.trial import tried_on
 from nemo_automodel._transformers.window_trial import find_window
-from nemo_automodel.components._peft.lora import reset_adapters
+from nemo_automodel.components._peft.lora import PeftConfig, reset_adapters
 from nemo_automodel.components.attention import function as attention_function
 from nemo_automodel.components.distributed.activation_checkpointing import checkpoint_activations
 from nemo_automodel.components.distributed.expert_parallel import expert_parallelize
@@ -192,7 +192,11 @@ def _assemble(
             require_context_parallel(whole)
     device = next(model.parameters()).device if distributed is None else torch.device(distributed.device)
     if peft is not None:
+<<<<<<< HEAD
         peft.apply(model, device)
+=======
+        peft.apply(model, device) if isinstance(peft, PeftConfig) else peft.apply(model)
+>>>>>>> load
         model.__dict__["_automodel_peft"] = peft  # save_pretrained describes the adapter by it
     tp_mesh = getattr(distributed, "tp_mesh", None)  # a manager of the user's own may know no such thing
     if tp_mesh is not None and tp_mesh.size() > 1:

@@ -51,6 +51,29 @@ def load(path: str, out: str) -> None:
     env.shutdown()
 
 
+def fresh(path: str, out: str) -> None:
+    env = DistEnv()
+    manager = FSDP2Manager(env=env)
+    NeMoAutoModelForCausalLM.from_config(tiny_config("llama"), distributed=manager)
+    before = resident()
+    model = NeMoAutoModelForCausalLM.from_config(path, master_dtype="bfloat16", distributed=manager)
+    block = sum(p.numel() * p.itemsize for p in model.model.layers[0].parameters())
+    shard = sum(local_of(p).nbytes for p in model.parameters())
+    Path(f"{out}.{env.rank}").write_text(json.dumps([resident(peak=True) - before, shard, block]))
+    env.shutdown()
+
+
+@pytest.mark.full
+def test_fresh_weights_are_drawn_one_block_at_a_time(tmp_path):
+    AutoConfig.for_model("llama", **HEADS, **SIZES["llama"]).save_pretrained(tmp_path)
+    torchrun("tests.ranks.test_memory:fresh", 2, tmp_path, tmp_path / "figures", timeout=500)
+    for rank in range(2):
+        peak, shard, block = json.loads((tmp_path / f"figures.{rank}").read_text())
+        print(rank, [f"{value / 2**20:.0f} MiB" for value in (peak, shard, block)])
+        assert shard > 1 << 30
+        assert peak < 1.2 * shard + block
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("family", SIZES)
 def test_no_rank_ever_has_the_whole_model(family, tmp_path):
