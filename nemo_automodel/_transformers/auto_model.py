@@ -192,11 +192,7 @@ def _assemble(
             require_context_parallel(whole)
     device = next(model.parameters()).device if distributed is None else torch.device(distributed.device)
     if peft is not None:
-<<<<<<< HEAD
-        peft.apply(model, device)
-=======
         peft.apply(model, device) if isinstance(peft, PeftConfig) else peft.apply(model)
->>>>>>> load
         model.__dict__["_automodel_peft"] = peft  # save_pretrained describes the adapter by it
     tp_mesh = getattr(distributed, "tp_mesh", None)  # a manager of the user's own may know no such thing
     if tp_mesh is not None and tp_mesh.size() > 1:

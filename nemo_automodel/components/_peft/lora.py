@@ -93,13 +93,8 @@ class PeftConfig:
     def apply(self, model: nn.Module, device: torch.device | None = None) -> list[str]:
         """Freeze ``model`` and adapt its matching linear layers in place; returns their names.
 
-<<<<<<< HEAD
         With an initialised process group every rank must call it, so that all draw the same initial values. ``device``
         is where the model will run, for one on the meta device; default where it is.
-=======
-        ``device``: where it will run, of a model on the meta device. Default: where it is.
-        With an initialised process group every rank must call it, so that all draw the same initial values.
->>>>>>> load
 
         Raises:
             ModelError: a pattern that matches nothing, a named layer that cannot be adapted, nothing to adapt, or a
@@ -111,11 +106,7 @@ class PeftConfig:
             model, _as_list(self.target_modules), _as_list(self.exclude_modules), self.match_all_linear
         )
         model.requires_grad_(False)
-<<<<<<< HEAD
         use_triton = self._choose_kernel(device or next(model.parameters()).device, selection.targets.values())
-=======
-        use_triton = bool(self.use_triton) and self._report_kernel(device or next(model.parameters()).device)
->>>>>>> load
         dtype = _parse_dtype(self.lora_dtype)
         for module in selection.targets.values():
             adapt(module, self.dim, self.scale, self.dropout, self.dropout_position, self.use_dora,
@@ -170,19 +161,13 @@ class PeftConfig:
         """
         return weight_merges(model)
 
-<<<<<<< HEAD
     def _choose_kernel(self, device: torch.device, layers: Iterable[nn.Module]) -> bool:
         """Whether the Triton path serves these adapters; logged once, with the reason where it was asked for in vain."""
-=======
-    def _report_kernel(self, device: torch.device) -> bool:
-        """Whether the Triton path can serve these adapters; the reason why not, or not yet, is logged once."""
->>>>>>> load
         reason = unsupported_reason(self.dim)
         if self.use_dora:
             reason = "DoRA rescales the base layer's output"
         elif self.dropout > 0:
             reason = "dropout is on"
-<<<<<<< HEAD
         if self.use_triton is None:
             chosen = reason is None and all(is_faster_for(layer.weight, device) for layer in layers)  # type: ignore[arg-type]
             if chosen:
@@ -192,8 +177,6 @@ class PeftConfig:
             return chosen
         if not self.use_triton:
             return False
-=======
->>>>>>> load
         if reason is not None:
             logger.warning("LoRA: use_triton is on, but %s; plain PyTorch is used", reason)
         elif device.type != "meta" and not runs_on(device.type):

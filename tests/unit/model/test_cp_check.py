@@ -55,5 +55,5 @@ def test_windows_not_handed_on_are_refused():
 
 def test_a_balance_loss_of_whole_rows_is_refused():
     model = build("qwen3_moe", output_router_logits=True)
-    with pytest.raises(ModelError, match="balance loss is of whole rows .*output_router_logits: false"):
+    with pytest.raises(ModelError, match=r"balance loss is of whole rows .*output_router_logits: false"):
         require_context_parallel(model)
