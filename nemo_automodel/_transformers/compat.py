@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 
 def unsplittable_class_names(model: nn.Module) -> set[str]:
@@ -71,3 +72,9 @@ def model_class_for(auto_class: Any, config: PretrainedConfig) -> type | None:
 def takes_positions(model: nn.Module) -> bool:
     """Whether the model's forward has ``position_ids``."""
     return "position_ids" in inspect.signature(type(model).forward).parameters
+
+
+def registered_types(kind: str) -> list[str]:
+    """The model types that this transformers registers for ``kind``: causal, or vlm (image and text to text)."""
+    names = {"causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "vlm": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"}
+    return sorted(getattr(modeling_auto, names[kind]))

@@ -138,7 +138,8 @@ class Widths:
         if name in new:  # one for each layer, cut already
             return type(value)(self._width(v, hidden) for v in new[name])
         unit = math.gcd(*value)
-        return type(value)(v // unit * 8 if max(value) // unit <= 16 else self._width(v, hidden) for v in value)
+        fits = max(value) // unit <= 16 and not any(v in self.known for v in value)
+        return type(value)(v // unit * 8 if fits else self._width(v, hidden) for v in value)
 
     def _override_dim(
         self, name: str, value: Any, old: dict[str, Any], new: dict[str, Any], shrunk: dict[str, int]

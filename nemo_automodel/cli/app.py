@@ -17,6 +17,7 @@ VERBS = {
     "finetune": ("nemo_automodel.cli.finetune", "Fine-tune a model as a recipe says: automodel finetune llm -c recipe.yaml"),
     "demo": ("nemo_automodel.cli.demo", "Train a tiny model here and now, offline and on a CPU."),
     "merge": ("nemo_automodel.cli.merge", "Merge a LoRA adapter into its base model."),
+    "coverage": ("nemo_automodel.cli.coverage", "Try every architecture of the installed transformers, each as a tiny twin."),
 }  # fmt: skip
 """Verb -> module with a function of the same name, and a line of help. Nothing is imported before it is used."""
 
