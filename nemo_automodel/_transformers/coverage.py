@@ -6,6 +6,7 @@ logits of what was saved. A cell is "yes", or the reason why not.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import tempfile
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -112,7 +114,8 @@ class _Trial:
         config = tiny_twin(start_config(self.model_type, causal=self.kind == "causal"))
         _without_chance(config)
         model = self.plain_class.from_config(config, dtype=torch.float32)
-        self.batch = image_batch(model) if self.kind == "vlm" else _padded(text_batch())
+        _away_from_symmetry(model)
+        self.batch = _batch(model, self.kind)
         model.save_pretrained(self.base)
         self.losses = _train_plain(self._load_plain(self.base), self.batch)
 
@@ -148,8 +151,6 @@ class _Trial:
         _same_logits(self.model, plain, self.batch)
 
     def train_lora(self) -> None:
-        from peft import PeftModel
-
         peft = PeftConfig(match_all_linear=True, dim=4, alpha=8)
         self.adapted = self.our_class.from_pretrained(str(self.base), dtype="float32", peft=peft)
         generator = torch.Generator().manual_seed(1)
@@ -158,15 +159,30 @@ class _Trial:
             weight.copy_(torch.randn(weight.shape, generator=generator) * 0.02)
         start = self.adapter.with_name("start")
         self.adapted.save_pretrained(start)
-        reference = PeftModel.from_pretrained(self._load_plain(self.base), str(start), is_trainable=True)
+        reference = self._load_adapter(start, is_trainable=True)
         _same_losses(_train_ours(self.adapted, self.batch), _train_plain(reference, self.batch))
 
     def reload_adapter(self) -> None:
+        self.adapted.save_pretrained(self.adapter)
+        _same_logits(self.adapted, self._load_adapter(self.adapter), self.batch)
+
+    def _load_adapter(self, directory: Path, **options: Any) -> Any:
+        """PEFT's model with an adapter of ours; Differs where PEFT would not even reload one of its own."""
         from peft import PeftModel
 
-        self.adapted.save_pretrained(self.adapter)
-        plain = PeftModel.from_pretrained(self._load_plain(self.base), str(self.adapter))
-        _same_logits(self.adapted, plain, self.batch)
+        loaded = PeftModel.from_pretrained(self._load_plain(self.base), str(directory), **options)
+        stored = load_file(directory / "adapter_model.safetensors")
+        if lost := _lost(stored, loaded):
+            own = directory.with_name("peft")
+            loaded.save_pretrained(own)
+            again = PeftModel.from_pretrained(self._load_plain(self.base), str(own))
+            whose = (
+                "PEFT does not reload its own adapter of this model"
+                if _lost(_adapter(loaded), again)
+                else "PEFT reloads"
+            )
+            raise Differs(f"{whose}: {lost} is not what was saved")
+        return loaded
 
     def pack(self) -> None:
         """Two documents in one row have the loss that they have as two rows."""
@@ -190,6 +206,39 @@ class _Trial:
             plain = self._load_plain(self.base)
             wanted = sum(_sum_of_losses(plain, ids) for ids in documents)
         _same_losses([float(loss)], [float(wanted)])
+
+
+@torch.no_grad()
+def _away_from_symmetry(model: nn.Module) -> None:
+    """Move every parameter a little: zeros and ones of a fresh model hide errors, and tie what is chosen by size."""
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.02)
+
+
+def _batch(model: Any, kind: str) -> dict[str, Any]:
+    """Text, with images for a model that sees or that cannot do without them."""
+    batch = _padded(text_batch())
+    if kind == "causal":
+        try:
+            with torch.no_grad():
+                model(**batch)
+            return batch
+        except (RuntimeError, ValueError, TypeError):
+            if "pixel_values" not in inspect.signature(type(model).forward).parameters:
+                raise
+    batch = image_batch(model)
+    _require_sight(model, batch)
+    return batch
+
+
+@torch.no_grad()
+def _require_sight(model: Any, batch: dict[str, Any]) -> None:
+    """Raise Differs where other pixels leave the loss as it is."""
+    model.eval()
+    pixels = {k: v for k, v in batch.items() if v.is_floating_point()}
+    other = {k: v + torch.linspace(-1, 1, v.numel()).reshape(v.shape) for k, v in pixels.items()}
+    if model(**batch).loss == model(**{**batch, **other}).loss:
+        raise Differs("other pixels do not change the loss")
 
 
 def _without_chance(config: Any) -> None:
@@ -288,6 +337,16 @@ def _same_tensors(ours: nn.Module, plain: nn.Module, what: str) -> None:
     for name, tensor in mine.items():
         if not torch.equal(tensor, theirs[name]):
             raise Differs(f"{what}: {name} is not bit for bit what transformers has")
+
+
+def _adapter(model: nn.Module) -> dict[str, Tensor]:
+    return {n.replace(".default", ""): p.detach() for n, p in model.named_parameters() if ".lora_" in n}
+
+
+def _lost(stored: dict[str, Tensor], model: nn.Module) -> str | None:
+    """The first of the adapter tensors ``stored`` that ``model`` does not hold as they are."""
+    held = _adapter(model)
+    return next((name for name, t in stored.items() if name not in held or not torch.equal(held[name], t)), None)
 
 
 def _same_logits(ours: Any, plain: Any, batch: dict[str, Any]) -> None:

@@ -80,10 +80,16 @@ class Widths:
             self.known[hidden] = self._new_width(hidden, queries and dim and old[queries] * old[dim], new, queries, dim)
         narrow = new[key] = self.known[hidden]
         dims = [k for k in old if k in new and names.HEAD_DIM.search(k)]
+        latent = any(k.startswith("qk_") for k in dims)  # parts of a head, which add up: as they are
         if queries:
             for k in dims:
                 times, rest = divmod(old[queries] * old[k], hidden)
-                if not rest and (k == dim or times > 1) and times <= 4 and narrow * times % new[queries] == 0:
+                if (
+                    not rest
+                    and (k == dim or (times > 1 and not latent))
+                    and times <= 4
+                    and narrow * times % new[queries] == 0
+                ):
                     new[k] = narrow * times // new[queries]
         self._inner_heads(old, new, hidden, narrow, dims, queries)
 
