@@ -78,3 +78,12 @@ def registered_types(kind: str) -> list[str]:
     """The model types that this transformers registers for ``kind``: causal, or vlm (image and text to text)."""
     names = {"causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "vlm": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"}
     return sorted(getattr(modeling_auto, names[kind]))
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether labels are what a decoder of its own puts out, beside an encoder's input."""
+    return (
+        bool(getattr(model.config, "is_encoder_decoder", False))
+        and hasattr(model, "get_encoder")
+        and ("decoder_input_ids" in inspect.signature(type(model).forward).parameters)
+    )

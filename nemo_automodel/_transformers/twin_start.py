@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImage
 
 from nemo_automodel._transformers import compat
 from nemo_automodel._transformers import twin_fields as names
+from nemo_automodel._transformers.tiny_twin import tiny_twin
 
 _KINDS = ("full_attention", "linear_attention", "conv", "sliding_attention")
 
@@ -139,19 +140,18 @@ def _alternate(kinds: list[str], total: int) -> list[str]:
 
 
 def _borrow_missing(config: PretrainedConfig, auto_class: Any) -> None:
-    """Where the model asks a sub-config for a field that it lacks and another part has, give it that one."""
+    """Where the model asks a sub-config for a field that it lacks and the whole has, give it that one."""
     for _ in range(4):
         try:
+            twin = tiny_twin(config)
             with torch.device("meta"):
-                auto_class.from_config(config)
+                auto_class.from_config(twin)
         except AttributeError as error:
-            part, name = error.obj, error.name
-            if not isinstance(part, PretrainedConfig) or name is None or part is config:
+            asked = [i for i, part in enumerate(names.parts_of(twin)) if part is error.obj]
+            value = getattr(config, str(error.name), (getattr(config, "rope_parameters", None) or {}).get(error.name))
+            if not asked or asked == [0] or value is None:
                 return
-            value = getattr(config, name, (getattr(config, "rope_parameters", None) or {}).get(name))
-            if value is None:
-                return
-            setattr(part, name, value)
+            setattr(names.parts_of(config)[asked[0]], str(error.name), value)
         except Exception:  # whoever builds it next gets to see it
             return
         else:

@@ -107,7 +107,7 @@ class Widths:
     ) -> None:
         """Heads of other mixers (state space, linear attention): as many as fill the width that they filled."""
         for name, value in old.items():
-            if name == queries or not is_int(new.get(name)) or not names.HEADS.search(name):
+            if name == queries or not is_int(new.get(name)) or not names.HEADS.search(name) or "key_value" in name:
                 continue
             for dim in dims:
                 times, rest = divmod(value * old[dim], hidden)
