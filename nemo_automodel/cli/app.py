@@ -18,6 +18,7 @@ VERBS = {
     "launch": ("nemo_automodel.cli.launch", "Run a recipe on a cluster: automodel launch slurm -c recipe.yaml --nodes 2"),
     "demo": ("nemo_automodel.cli.demo", "Train a tiny model here and now, offline and on a CPU."),
     "merge": ("nemo_automodel.cli.merge", "Merge a LoRA adapter into its base model."),
+    "coverage": ("nemo_automodel.cli.coverage", "Try every architecture of the installed transformers, each as a tiny twin."),
 }  # fmt: skip
 """Verb -> module with a function of the same name, and a line of help. Nothing is imported before it is used."""
 

@@ -18,7 +18,7 @@ from torch import nn
 from nemo_automodel.components._peft.export import (
     gathered_adapter_tensors,
     merged_tensors,
-    peft_target_modules,
+    peft_targets,
     weight_merges,
 )
 from nemo_automodel.components._peft.linear import LoRALinear, adapt, lora_layers
@@ -124,6 +124,8 @@ class PeftConfig:
         self, model: nn.Module, base_model_name_or_path: str, revision: str | None = None
     ) -> dict[str, Any]:
         """What ``adapter_config.json`` holds; ``target_modules`` lists what really is adapted in ``model``."""
+        modules, parameters = peft_targets(model)
+        named_by_weight = {"target_parameters": parameters} if parameters else {}
         return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -131,8 +133,9 @@ class PeftConfig:
             "revision": revision,
             "r": self.dim,
             "lora_alpha": self.alpha,
-            "lora_dropout": self.dropout,
-            "target_modules": peft_target_modules(model),
+            "lora_dropout": 0.0 if parameters else self.dropout,  # PEFT knows none on a layer named by its weight
+            "target_modules": modules,
+            **named_by_weight,
             "exclude_modules": None,
             "bias": "none",
             "use_rslora": False,
