@@ -182,25 +182,22 @@ class WholeSequence(Sharded):
         return split_to_ranks(self.tp_sequence.pad(x), 1, self.tp_ranks)
 
 
-class FirstBlock(Sharded):
-    """The decoder block from which on the sequence is sharded."""
+class SequenceBlock(Sharded):
+    """A decoder block between whose regions the sequence is sharded: from the first one's input to the last one's output.
+
+    Done around the call, where no compiled code sees it, and every block is of one class: so all share one compilation.
+    """
 
     tp_sequence: Sequence
+    tp_first: bool
+    tp_last: bool
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the block's own, its input ``[B, S, H]`` whole."""
-        args, kwargs = on_first_tensor(self.tp_sequence.begin, args, kwargs)
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
-
-
-class LastBlock(Sharded):
-    """The decoder block after which the sequence is whole again."""
-
-    tp_sequence: Sequence
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the block's own, its output ``[B, S, H]`` whole."""
-        return on_output(self._end, super().forward(*args, **kwargs))  # type: ignore[misc]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the block's own call."""
+        if self.tp_first:
+            args, kwargs = on_first_tensor(self.tp_sequence.begin, args, kwargs)
+        output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        return on_output(self._end, output) if self.tp_last else output
 
     def _end(self, x: Tensor) -> Tensor:
         return self.tp_sequence.trim(gather_from_ranks(x, 1, self.tp_ranks))
