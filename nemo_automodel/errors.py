@@ -1,7 +1,7 @@
 """The errors a user can meet. Each prints as one message (what, where, what to write instead), never a traceback.
 
 Exit codes: 0 done; 1 a fault of the program or the machine; 2 bad input, found before anything is lost;
-75 (``EX_TEMPFAIL``) preempted and saved, run again to continue.
+75 (``EX_TEMPFAIL``) preempted and saved, run again to continue; 130 interrupted (Ctrl-C) before the first step.
 """
 
 from __future__ import annotations
@@ -10,6 +10,11 @@ EXIT_OK = 0
 EXIT_FAULT = 1
 EXIT_BAD_INPUT = 2
 EXIT_PREEMPTED = 75
+EXIT_INTERRUPTED = 130
+
+
+class Terminated(KeyboardInterrupt):
+    """A signal other than Ctrl-C (its name is the argument) before the first step: nothing to save, run again."""
 
 
 class AutoModelError(Exception):
@@ -46,6 +51,14 @@ class IncompatibleCheckpointError(CheckpointError):
     """A sound checkpoint of another run than the recipe describes; nothing was changed."""
 
     exit_code = EXIT_BAD_INPUT
+
+
+class StoppedError(AutoModelError):
+    """This rank ends only because another one failed, which says why."""
+
+
+class NonFiniteError(AutoModelError):
+    """A loss or a gradient is NaN or infinite; names the step and the rows. The state before that step is saved."""
 
 
 class MissingExtraError(AutoModelError):

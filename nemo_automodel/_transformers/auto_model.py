@@ -1,7 +1,8 @@
 """The autoclasses: a Hugging Face model, loaded, adapted, compiled and sharded, still of its own class.
 
-Order: load -> LoRA -> tensor or expert parallelism -> checkpoint activations -> compile each block -> shard. One function,
-``_assemble``, is that order.
+Order: build -> LoRA -> tensor or expert parallelism -> FP8 -> checkpoint activations -> compile each block -> shard -> load.
+One function, ``_assemble``, is that order. What is built has no memory yet (the meta device) where the model will be sharded,
+so that no rank ever holds all of it; where it will not be, or cannot be loaded that way, weights come first.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from nemo_automodel._transformers import compat, loading
+from nemo_automodel._transformers import compat, loading, sharded
 from nemo_automodel._transformers.blocks import find_blocks
 from nemo_automodel._transformers.cp_check import require_context_parallel
 from nemo_automodel._transformers.ep_plan import ep_plan_for
 from nemo_automodel._transformers.mixin import adopt
 from nemo_automodel._transformers.packing_trial import require_packing
 from nemo_automodel._transformers.tp_plan import tp_plan_for
+from nemo_automodel._transformers.trial import tried_on
 from nemo_automodel._transformers.window_trial import find_window
+from nemo_automodel.components._peft.lora import PeftConfig, reset_adapters
 from nemo_automodel.components.attention import function as attention_function
 from nemo_automodel.components.distributed.activation_checkpointing import checkpoint_activations
 from nemo_automodel.components.distributed.expert_parallel import expert_parallelize
@@ -52,6 +55,7 @@ class _NeMoAutoModel:
         distributed: Any = None,
         compile: Any = None,
         packed: bool = False,
+        fp8: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Load a checkpoint from the Hub or a local directory, and get it ready to train.
@@ -68,6 +72,7 @@ class _NeMoAutoModel:
             distributed: a ``DistributedManager``, or None to stay on one device, unsharded.
             compile: a ``CompileConfig``, or None not to compile.
             packed: batches will be packed; refused for models whose layers would mix documents.
+            fp8: an ``Fp8Config``, or None to compute in ``dtype`` alone.
             **kwargs: further arguments of transformers' ``from_pretrained`` and overrides of the config.
 
         Returns:
@@ -85,19 +90,15 @@ class _NeMoAutoModel:
         config = loading.load_config(name, **source, **kwargs)
         compute = compute or loading.own_dtype(config) or torch.float32
         _require_range(dtype, compute, distributed)
-        model = loading.load_weights(
-            cls._auto_class,
-            name,
-            config,
-            dtype=stored or compute,
-            device=_device(distributed),
-            attn_implementation=attn_implementation,
-            **source,
-            **kwargs,
-        )
+        options = {"dtype": stored or compute, "attn_implementation": attn_implementation, **source, **kwargs}
+        model, weights = None, None
+        if fp8 is None and sharded.takes_meta(distributed):  # FP8 copies are made of weights that are there
+            model, weights = sharded.plan_loading(cls._auto_class, name, config, **options)
+        if model is None:
+            model = loading.load_weights(cls._auto_class, name, config, device=_device(distributed), **options)
         model.__dict__["_automodel_source"] = source
         model.export_dtype = loading.own_dtype(config) or compute  # type: ignore[assignment]
-        return _assemble(model, compute, attn_implementation, peft, distributed, compile, packed)
+        return _assemble(model, weights, compute, attn_implementation, peft, distributed, compile, packed, fp8)
 
     @classmethod
     def from_config(
@@ -113,6 +114,7 @@ class _NeMoAutoModel:
         distributed: Any = None,
         compile: Any = None,
         packed: bool = False,
+        fp8: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Build a model with fresh weights; the same on every rank and for every number of ranks.
@@ -129,6 +131,7 @@ class _NeMoAutoModel:
             distributed: as in ``from_pretrained``.
             compile: as in ``from_pretrained``.
             packed: as in ``from_pretrained``.
+            fp8: as in ``from_pretrained``.
             **kwargs: overrides of the config's fields.
 
         Raises:
@@ -141,19 +144,18 @@ class _NeMoAutoModel:
         built = loading.build_config(config, **source, **kwargs)
         compute = compute or loading.own_dtype(built) or torch.float32
         _require_range(dtype, compute, distributed)
-        model = loading.initialize(
-            cls._auto_class,
-            built,
-            dtype=stored or compute,
-            device=_device(distributed),
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-        )
+        options: dict[str, Any] = {"dtype": stored or compute, "attn_implementation": attn_implementation}
+        options["trust_remote_code"] = trust_remote_code
+        model, weights = None, None
+        if fp8 is None and sharded.takes_meta(distributed):
+            model, weights = sharded.plan_fresh(cls._auto_class, built, **options)
+        if model is None:
+            model = loading.initialize(cls._auto_class, built, device=_device(distributed), **options)
         model.export_dtype = compute  # type: ignore[assignment]
         model.config.name_or_path = (
             ""  # fresh weights are nobody's: an adapter must not name the config's home as its base
         )
-        return _assemble(model, compute, attn_implementation, peft, distributed, compile, packed)
+        return _assemble(model, weights, compute, attn_implementation, peft, distributed, compile, packed, fp8)
 
 
 class NeMoAutoModelForCausalLM(_NeMoAutoModel):
@@ -170,23 +172,27 @@ class NeMoAutoModelForImageTextToText(_NeMoAutoModel):
 
 def _assemble(
     model: PreTrainedModel,
+    weights: Any,
     compute_dtype: torch.dtype,
     attn_implementation: str | None,
     peft: Any,
     distributed: Any,
     compile: Any,
     packed: bool,
+    fp8: Any,
 ) -> Any:
     model = adopt(model)
     _choose_attention(model, attn_implementation)
-    find_window(model)
-    if packed:
-        require_packing(model)
     sizes = getattr(distributed, "sizes", None)  # of our own managers; a user's shards in its own way
-    if sizes is not None and sizes.cp > 1:
-        require_context_parallel(model)
+    with tried_on(model) as whole:  # what is found out by running it, while nothing is sharded
+        find_window(whole)
+        if packed:
+            require_packing(whole)
+        if sizes is not None and sizes.cp > 1:
+            require_context_parallel(whole)
+    device = next(model.parameters()).device if distributed is None else torch.device(distributed.device)
     if peft is not None:
-        peft.apply(model)
+        peft.apply(model, device) if isinstance(peft, PeftConfig) else peft.apply(model)
         model.__dict__["_automodel_peft"] = peft  # save_pretrained describes the adapter by it
     tp_mesh = getattr(distributed, "tp_mesh", None)  # a manager of the user's own may know no such thing
     if tp_mesh is not None and tp_mesh.size() > 1:
@@ -196,11 +202,17 @@ def _assemble(
     if expert_mesh is not None:
         expert_parallelize(model, ep_plan_for(model), expert_mesh["ep"])
     blocks = find_blocks(model)
+    if fp8 is not None:
+        fp8.apply(model, blocks)
     checkpoint_activations(blocks, getattr(distributed, "activation_checkpointing", "off"))
     if compile is not None:
-        compile.apply(blocks, next(model.parameters()).device)
+        compile.apply(blocks, device)
     if distributed is not None:
         model = distributed.parallelize(model, blocks, compute_dtype)
+    if weights is not None:
+        weights.fill(model, device, offload=getattr(distributed, "offload", False))
+        if peft is not None:
+            reset_adapters(model)
     return model
 
 

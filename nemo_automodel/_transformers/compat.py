@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
-from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel, core_model_loading, initialization, modeling_utils
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 
 def unsplittable_class_names(model: nn.Module) -> set[str]:
@@ -71,6 +78,213 @@ def model_class_for(auto_class: Any, config: PretrainedConfig) -> type | None:
 def takes_positions(model: nn.Module) -> bool:
     """Whether the model's forward has ``position_ids``."""
     return "position_ids" in inspect.signature(type(model).forward).parameters
+
+
+# --- loading: names and layouts of checkpoints, and what transformers does around its own loading -----------------
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """The context that transformers itself builds a model on the meta device in."""
+    with torch.device("meta"), initialization.meta_device_safe_creation_ops():
+        yield
+
+
+def kept_dtype(model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.dtype | None]:
+    """By a tensor's name, the dtype that the model insists on for it where it is loaded in ``dtype``; else None."""
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)  # type: ignore[operator]
+    if not plan:
+        return lambda name: None
+    pattern, group_names, _ = core_model_loading.build_glob_alternation(list(plan))
+
+    def kept(name: str) -> torch.dtype | None:
+        match = pattern.search(name)
+        return None if match is None else plan[group_names[str(match.lastgroup)]]
+
+    return kept
+
+
+def conversions_of(model: nn.Module, key_mapping: Mapping[str, str] | None = None) -> list[Any]:
+    """How the tensors of a checkpoint become those of ``model``: transformers' own renamings and conversions."""
+    return get_model_conversion_mapping(model, dict(key_mapping) if key_mapping else None, None)  # type: ignore[arg-type]
+
+
+@dataclass
+class TensorGroup:
+    """Tensors of a checkpoint that become one or more of the model's together."""
+
+    target: str  # the first of the model's tensors that it gives
+    transform: Any  # transformers' WeightRenaming or WeightConverter
+    sources: list[tuple[str, str]] = field(default_factory=list)  # (name in the checkpoint, pattern it matched)
+
+    @property
+    def renames_only(self) -> bool:
+        """Whether the tensor is taken as it is."""
+        return not isinstance(self.transform, core_model_loading.WeightConverter)
+
+    @property
+    def stacks_first_dim(self) -> bool:
+        """Whether each source is a slice of the target's first dimension, and stays apart from the others'."""
+        transform = self.transform
+        operations = [] if self.renames_only else transform.operations
+        stacks = bool(operations) and type(operations[0]) is core_model_loading.MergeModulelist
+        return (
+            stacks
+            and operations[0].dim == 0
+            and len(transform.target_patterns) == 1
+            and all(_leaves_first_dim(operation) for operation in operations[1:])
+        )
+
+    def convert(self, model: nn.Module, read: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
+        """The model's tensors by name; ``read`` gives those of the checkpoint, None for one to be left out."""
+        transform = deepcopy(self.transform)
+        for name, pattern in self.sources:
+            transform.add_tensor(self.target, name, pattern, lambda name=name: read(name))
+        converted = transform.convert(self.target, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
+
+
+def _leaves_first_dim(operation: Any) -> bool:
+    if type(operation) is core_model_loading.Transpose:
+        return bool(min(operation.dim0, operation.dim1) > 0)
+    return type(operation) is core_model_loading.Concatenate and operation.dim > 0
+
+
+def group_tensors(
+    model: nn.Module, conversions: list[Any], names: Iterable[str], expected: Mapping[str, Tensor]
+) -> tuple[list[TensorGroup], set[str]]:
+    """The checkpoint's tensors ``names`` by what they become, and those that ``expected`` (the model's) has no place for."""
+    renamings = [c for c in conversions if isinstance(c, core_model_loading.WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, core_model_loading.WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    rename, prefix = core_model_loading.rename_source_key, model.base_model_prefix
+    groups: dict[str, TensorGroup] = {}
+    unexpected: set[str] = set()
+    for name in sorted(names, key=core_model_loading.dot_natural_key):
+        target, pattern = rename(name, renamings, converters, prefix, expected)  # type: ignore[arg-type]
+        if target not in expected and name in expected:
+            target, pattern = rename(name, [], [], prefix, expected)  # type: ignore[arg-type]
+        if target not in expected:
+            first = by_pattern[pattern].target_patterns if pattern is not None else [""]
+            unexpected |= {target.replace(first[0], other) if first[0] else target for other in first}
+            continue
+        if target not in groups:
+            made = by_pattern[pattern] if pattern is not None else core_model_loading.WeightRenaming(name, target)
+            groups[target] = TensorGroup(target, made)
+        groups[target].sources.append((name, pattern if pattern is not None else name))
+    return list(groups.values()), unexpected
+
+
+def remember_conversions(model: nn.Module, conversions: list[Any]) -> None:
+    """Keep those that were used, for saving under the names that the checkpoint had."""
+    model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]  # type: ignore[assignment]
+
+
+def really_missing(model: nn.Module, missing: set[str], unexpected: set[str]) -> tuple[set[str], set[str]]:
+    """``missing`` and ``unexpected`` without what the model's class says does not matter."""
+    info = SimpleNamespace(missing_keys=missing, unexpected_keys=unexpected)
+    model._adjust_missing_and_unexpected_keys(info)  # type: ignore[operator]
+    return info.missing_keys, info.unexpected_keys
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Name -> the name of the tensor it is tied to."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+@contextmanager
+def skipping_initialized(done: list[Any]) -> Iterator[None]:
+    """Functions of ``torch.nn.init`` leave alone what is marked inside; ``done`` (may grow) is unmarked afterwards."""
+    with initialization.guard_torch_init_functions():
+        yield
+    for tensor in done:
+        tensor.__dict__.pop("_is_hf_initialized", None)
+
+
+def mark_initialized(tensor: Tensor) -> None:
+    """Have ``skipping_initialized`` leave ``tensor`` alone."""
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def initialize_one(module: nn.Module, owner: PreTrainedModel) -> None:
+    """Set the values of ``module`` alone as ``owner``, the model it is part of, does."""
+    owner._init_weights(module)
+
+
+def initialize_below(module: nn.Module, owner: PreTrainedModel) -> None:
+    """``initialize_one`` for all modules of ``module``, the inner ones first; models within by their own rules."""
+    for child in module.children():
+        initialize_below(child, child if isinstance(child, PreTrainedModel) else owner)
+    owner._init_weights(module)
+
+
+def initialize_where_unset(model: PreTrainedModel, tensors: Iterable[Tensor]) -> None:
+    """Run the model's own initialisation for all but ``tensors``: for buffers that no checkpoint holds."""
+    done = list({id(tensor): tensor for tensor in tensors}.values())
+    for tensor in done:
+        mark_initialized(tensor)
+    with torch.no_grad(), skipping_initialized(done):
+        initialize_below(model, model)
+
+
+def load_generation_config(model: Any, name: str, **source: Any) -> None:
+    """What ``from_pretrained`` does about ``generation_config.json``."""
+    if not model.can_generate() or not hasattr(model, "adjust_generation_fn"):
+        return
+    options = {"cache_dir": None, "force_download": False, "proxies": None, "local_files_only": False, "token": None}
+    model.adjust_generation_fn(None, True, None, name, **{**options, "subfolder": "", **source})
+
+
+# --- saving: the reverse ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ExportGroup:
+    """Tensors of a model that become one or more of a checkpoint's together; ``outputs`` are on the meta device."""
+
+    inputs: list[str]
+    outputs: dict[str, Tensor]
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def export_groups(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> list[ExportGroup]:
+    """What ``save_pretrained`` would write of ``tensors`` (the model's, on the meta device; tied ones the same object).
+
+    Tied weights but for the one that is kept, and what the class does not save, are left out.
+    """
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    stand_ins: dict[int, Tensor] = {}
+    kept: Any = {n: stand_ins.setdefault(id(t), torch.empty(1)) for n, t in tensors.items() if n not in ignored}
+    kept = modeling_utils.remove_tied_weights_from_state_dict(kept, model)
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [c for c in conversions if not isinstance(c, core_model_loading.PrefixChange)]
+    model._weight_conversions = conversions  # type: ignore[assignment]
+    reverse = [c.reverse_transform() for c in conversions[::-1]]
+    converters = [c for c in reverse if isinstance(c, core_model_loading.WeightConverter)]
+    grouped: dict[Any, list[str]] = {}
+    for name in sorted(kept, key=core_model_loading.dot_natural_key) if conversions else kept:
+        grouped.setdefault(_reverse_group(name, converters), []).append(name)
+    groups = []
+    for names in grouped.values():
+        outputs = _reverted(model, {name: tensors[name] for name in names})
+        groups.append(ExportGroup(names, outputs, lambda given: _reverted(model, given)))
+    return groups
+
+
+def _reverse_group(name: str, converters: list[Any]) -> Any:
+    for number, converter in enumerate(converters):
+        renamed, pattern = converter.rename_source_key(name)
+        if pattern is not None:
+            return number, renamed
+    return name
+
+
+def _reverted(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    if not model._weight_conversions:
+        return tensors
+    return core_model_loading.revert_weight_conversion(model, tensors)
 
 
 def own_ep_plan(model: nn.Module) -> dict[str, str]:

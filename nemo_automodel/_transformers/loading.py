@@ -139,7 +139,7 @@ def load_weights(
         raise
     except Exception as error:
         raise _explain_config(error, name, revision, auto_class, config) from error
-    _require_complete(name, info, model)
+    require_complete(name, info, model)
     _require_finite(name, model)
     return model if direct else model.to(device)
 
@@ -157,7 +157,7 @@ def initialize(
     arguments: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None and attn_implementation != "automodel":
         arguments["attn_implementation"] = attn_implementation
-    with _first_ranks_seed(device):
+    with first_ranks_seed(device):
         try:
             with torch.device(device):
                 return auto_class.from_config(config, **arguments)
@@ -210,7 +210,8 @@ def _check_fields(config: PretrainedConfig, fields: Mapping[str, Any]) -> None:
             raise ModelError(f"model.config.{key}: {type(config).__name__} has no such field{_nearest(key, names)}")
 
 
-def _require_complete(name: str, info: Mapping[str, Any], model: PreTrainedModel) -> None:
+def require_complete(name: str, info: Mapping[str, Any], model: PreTrainedModel) -> None:
+    """Raise ModelError where ``info`` (transformers' loading info) says that ``model`` is not what was loaded."""
     if mismatched := sorted(info.get("mismatched_keys") or ()):
         key, found, wanted = mismatched[0]
         more = f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else ""
@@ -282,7 +283,7 @@ def _own_report() -> Iterator[None]:
 
 
 @contextmanager
-def _first_ranks_seed(device: torch.device) -> Iterator[None]:
+def first_ranks_seed(device: torch.device) -> Iterator[None]:
     """Draw from rank 0's seed inside; the generators go on outside as if nothing had been drawn."""
     if not (dist.is_available() and dist.is_initialized()):
         yield

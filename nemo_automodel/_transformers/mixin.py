@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
+from nemo_automodel._transformers import compat
 from nemo_automodel._transformers import forward as forward_module
 from nemo_automodel.components._peft.linear import lora_layers
 from nemo_automodel.components.checkpoint.adapters import write_adapter
@@ -68,6 +69,11 @@ class AutoModelMixin:
                 "save_pretrained of a LoRA adapter: push_to_hub is not for adapters; write hf upload after it"
             )
         return _save_adapter(self, Path(save_directory), bool(is_main))
+
+    def export_groups(self, tensors: Any) -> Any:
+        """How ``tensors`` (on the meta device, by name) become those of a checkpoint; see ``compat.ExportGroup``."""
+        assert isinstance(self, PreTrainedModel)
+        return compat.export_groups(self, tensors)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By name, pickle would find the transformers class and refuse: it is not this one.

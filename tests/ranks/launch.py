@@ -22,7 +22,8 @@ def torchrun(target: str, nproc: int, *args: object, timeout: float = 240, check
             f"import sys; from {module} import {function}; {function}(*sys.argv[1:])",
         ]
         command += [*map(str, args)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **(env or {})}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     assert not check or result.returncode == 0, result.stdout[-4000:] + result.stderr[-6000:]
     return result

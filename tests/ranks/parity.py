@@ -7,6 +7,7 @@ A cell is a parallel layout, an adapter or none, a model and padded or packed ro
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from dataclasses import asdict, dataclass
@@ -90,19 +91,23 @@ class TakingClipper(GradClipper):
 
 
 def build(pretrained_model_name_or_path: str, dtype: str, precision: str, peft: Any, distributed: Any, packed: bool):
-    """Our autoclass, in float64 too, with adapters that are not zero; keeps the model for its parameters' names."""
-    exact = getattr(torch, precision)
+    """Our autoclass, in float64 too, with adapters that are not zero; keeps the model for its parameters' names.
+
+    bfloat16 cells keep trained weights in float32, as a recipe does by default.
+    """
+    compute = getattr(torch, precision)
+    kept = torch.promote_types(compute, torch.float32)
     if peft is not None:
-        peft.lora_dtype = precision
+        peft.lora_dtype = kept
     model = NeMoAutoModelForCausalLM.from_pretrained(
         pretrained_model_name_or_path,
-        dtype=exact,
-        master_dtype=exact,
+        dtype=compute,
+        master_dtype=kept,
         peft=peft,
         distributed=distributed,
         packed=packed,
     )
-    fill_adapters(model, exact)
+    fill_adapters(model, kept)
     build.model = model
     return model
 
@@ -124,7 +129,7 @@ def fill_adapters(model: torch.nn.Module, dtype: torch.dtype) -> None:
     for name, p in model.named_parameters():
         if "lora_" in name:
             generator = torch.Generator().manual_seed(sum(map(ord, clean_name(name))))
-            full = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(dtype) * 0.2
+            full = (torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.2).to(p.device, dtype)
             if isinstance(p, DTensor):
                 from nemo_automodel.components._peft.linear import like
 
@@ -133,7 +138,7 @@ def fill_adapters(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 def _whole(grad: torch.Tensor) -> torch.Tensor:
-    return (grad.full_tensor() if isinstance(grad, DTensor) else grad).detach().clone()
+    return (grad.full_tensor() if isinstance(grad, DTensor) else grad).detach().cpu().clone()
 
 
 # --- running ------------------------------------------------------------------------------------------------------
@@ -195,15 +200,24 @@ def run_cell(cell: Cell, root: Path) -> dict[str, Any]:
 
 
 def oracle(cell: Cell, root: Path) -> dict[str, Any]:
-    """The same steps by plain transformers on one process: every document a row of its own, no padding, no sharding."""
+    """The same steps by plain transformers on one process: every document a row of its own, no padding, no sharding.
+
+    For a bfloat16 cell in float32, with what plain transformers makes of them in bfloat16 under ``plain``.
+    """
+    if cell.dtype == "bfloat16":
+        return plain_steps(cell, root, torch.float32) | {"plain": plain_steps(cell, root, torch.bfloat16)}
+    return plain_steps(cell, root, getattr(torch, cell.dtype))
+
+
+def plain_steps(cell: Cell, root: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """The loop of ``oracle``, computed and kept in ``dtype``."""
     workspace = workspace_of(root, cell.model)
     data, order = _rows_and_order(cell, workspace, root)
-    dtype = getattr(torch, cell.dtype)
-    attention = "eager" if cell.dtype == "float32" else "sdpa"  # eager takes its softmax in fp32
+    attention = "eager" if dtype == torch.float32 else "sdpa"  # eager takes its softmax in fp32
     model = AutoModelForCausalLM.from_pretrained(workspace.model_dir, dtype=dtype, attn_implementation=attention)
     if cell.peft:
         targets = TARGETS.get(cell.model)
-        config = PeftConfig(target_modules=targets, match_all_linear=not targets, lora_dtype=cell.dtype, **LORA)
+        config = PeftConfig(target_modules=targets, match_all_linear=not targets, lora_dtype=dtype, **LORA)
         config.apply(model)
         fill_adapters(model, dtype)
     params = [p for p in model.parameters() if p.requires_grad]
@@ -217,7 +231,8 @@ def oracle(cell: Cell, root: Path) -> dict[str, Any]:
             loss.backward()
             total += loss.item()
         if "grads" not in found:
-            found["grads"] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            wide = torch.promote_types(dtype, torch.float32)
+            found["grads"] = {n: p.grad.to(wide, copy=True) for n, p in model.named_parameters() if p.grad is not None}
         found["grad_norm"].append(torch.nn.utils.clip_grad_norm_(params, 1.0).item())
         optimizer.step()
         optimizer.zero_grad()
@@ -253,15 +268,21 @@ def compare(got: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
         pairs = zip(got[key], expected[key], strict=True)
         return max(abs(a - b) / abs(b) for a, b in pairs)
 
+    squares = {
+        n: (got["grads"][n].to(g.dtype) - g).square().sum().item() for n, g in expected["grads"].items() if n in errors
+    }
     return {
         "missing": missing, "parameters": len(errors), "gradient": errors[worst], "worst": worst,
-        "loss": off("loss"), "grad_norm": off("grad_norm"),
+        "loss": off("loss"), "grad_norm": off("grad_norm"), "each": errors,
+        "total": (sum(squares.values()) / sum(g.square().sum().item() for g in expected["grads"].values())) ** 0.5,
     }  # fmt: skip
 
 
 def main(root: str, cells: str, results: str) -> None:
     """Run ``cells`` (a JSON file) and write, on rank 0, what each came to (another JSON file)."""
-    dist.init_process_group("gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     found = {}
     for fields in json.loads(Path(cells).read_text()):
         cell = Cell(**fields)
@@ -269,6 +290,8 @@ def main(root: str, cells: str, results: str) -> None:
             got = run_cell(cell, Path(root))
             expected = torch.load(Path(root) / f"oracle_{cell.oracle}.pt", weights_only=True)
             found[cell.name] = asdict(cell) | compare(got, expected)
+            if "plain" in expected:  # what plain transformers is off by in the same dtype
+                found[cell.name]["plain"] = compare(expected["plain"], expected)
         except Exception as error:  # the next cell is still of interest
             found[cell.name] = asdict(cell) | {"error": f"{type(error).__name__}: {error}"}
             traceback.print_exc()

@@ -99,9 +99,9 @@ def test_a_copy_of_the_recipe_runs_its_own_main(tmp_path):
     copy = tmp_path / "my_recipe.py"
     shutil.copy(ROOT / "nemo_automodel/recipes/llm/finetune.py", copy)
     text = copy.read_text()
-    assert text.count("        optimizer.step()\n") == 1
+    assert text.count("        lr_scheduler.step()\n") == 1
     copy.write_text(
-        text.replace("        optimizer.step()\n", "        optimizer.step()\n        print('my own loop')\n")
+        text.replace("        lr_scheduler.step()\n", "        lr_scheduler.step()\n        print('my own loop')\n")
     )
     command = [sys.executable, str(copy), "-c", str(workspace.recipe), "--step_scheduler.max_steps=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(ROOT))}
@@ -119,7 +119,7 @@ def test_the_guides_average_is_saved_and_restored(tmp_path):
     for anchor, line in (
         ("    params = [", build),
         ("    state = TrainState(", keep),
-        ("        optimizer.step()", update),
+        ("        guard.step(", update),
     ):
         start = text.index(anchor)
         end = text.index("\n", start) + 1

@@ -55,6 +55,9 @@ MINE = textwrap.dedent(
         def offer_best(self, val_loss):
             pass
 
+        def check(self):
+            pass
+
         def save(self, state):
             path = self.dir / f"mine_{state.schedule.step}.json"
             path.write_text(json.dumps({"norm": sum(p.detach().float().norm().item() for p in state.model.parameters())}))

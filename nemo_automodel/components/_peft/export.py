@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
-from nemo_automodel.components._peft.linear import LoRALinear, clean_name, full_tensor, lora_layers
+from nemo_automodel.components._peft.linear import (
+    LoRALinear,
+    clean_name,
+    full_tensor,
+    lora_layers,
+    low_rank_sum,
+    stored,
+)
 
 PREFIX = "base_model.model."
+_AT_ONCE = 2**24  # numbers of a weight that are summed in fp32 at a time
 _ADAPTER_PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 
 
@@ -21,6 +31,11 @@ def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
             if parameter is not None:
                 tensors[f"{PREFIX}{name}.{part}"] = parameter
     return tensors
+
+
+def is_adapter_tensor(name: str) -> bool:
+    """Whether ``name``, as in the model's state dict, is an adapter's and not the base model's."""
+    return name.endswith(_ADAPTER_PARTS)
 
 
 def gathered_adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -38,10 +53,38 @@ def merged_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for raw_key, tensor in model.state_dict().items():
         key = clean_name(raw_key)
-        if key.endswith(_ADAPTER_PARTS):
+        if is_adapter_tensor(key):
             continue
         tensors[key] = merged[key].merged_weight() if key in merged else tensor
     return tensors
+
+
+def weight_merges(model: nn.Module) -> dict[str, tuple[dict[str, torch.Tensor], Callable[..., torch.Tensor]]]:
+    """For each adapted weight of ``model``: its adapter's tensors, and the function of it and them that is the sum."""
+    return {f"{name}.weight": _merge_of(layer) for name, layer in lora_layers(model)}
+
+
+def _merge_of(layer: LoRALinear) -> tuple[dict[str, torch.Tensor], Callable[..., torch.Tensor]]:
+    tensors: dict[str, torch.Tensor] = {"a": stored(layer.lora_A, "weight"), "b": stored(layer.lora_B, "weight")}
+    magnitudes = layer._parameters["lora_magnitude_vector"]
+    if magnitudes is not None:
+        tensors["magnitude"] = magnitudes
+    scale, transposed = layer.lora_scale, layer.lora_transposed
+
+    @torch.no_grad()
+    def combine(
+        weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, magnitude: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        dense = weight.t() if transposed else weight
+        merged = torch.empty_like(dense)
+        rows = max(1, _AT_ONCE // dense.shape[1])
+        for start in range(0, len(dense), rows):
+            part = slice(start, start + rows)
+            norms = None if magnitude is None else magnitude[part]
+            merged[part] = low_rank_sum(dense[part], a, b[part], scale, norms)
+        return merged.t().contiguous() if transposed else merged
+
+    return tensors, combine
 
 
 def peft_target_modules(model: nn.Module) -> list[str]:

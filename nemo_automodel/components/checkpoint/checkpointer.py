@@ -16,19 +16,20 @@ import logging
 import math
 import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nemo_automodel.components.checkpoint import publish
-from nemo_automodel.components.checkpoint.adapters import write_adapter
-from nemo_automodel.components.checkpoint.card import hub_id
+from nemo_automodel.components.checkpoint.background import Background, HostCopies
+from nemo_automodel.components.checkpoint.contents import Contents
 from nemo_automodel.components.checkpoint.fingerprint import compare, versions
-from nemo_automodel.components.checkpoint.hf import gather_weights, write_model
 from nemo_automodel.components.checkpoint.publish import BEST, LATEST, Found
 from nemo_automodel.components.checkpoint.ranks import Ranks
-from nemo_automodel.components.checkpoint.resume import load_resume, read_state, write_resume
+from nemo_automodel.components.checkpoint.resume import load_resume, read_state
 from nemo_automodel.components.checkpoint.serving import serving_advice
 from nemo_automodel.errors import CheckpointError, ConfigError, IncompatibleCheckpointError
 from nemo_automodel.types import TrainState
@@ -52,6 +53,12 @@ class Checkpointer:
             needs is renamed to ``<name>.<time it was written>``, and can still be restored by its path.
         save_merged: For LoRA: also merge the adapter into the base weights, as a full HF directory in ``model/``.
             Default false.
+        async_save: Training goes on once the state is copied to host memory (which must hold it: weights and
+            optimizer, each rank its part); it is written and published meanwhile. The next save, and the end, wait for
+            it; what goes wrong with it is raised at the next step. Default false.
+
+    Attributes:
+        stall_s: Seconds that the last save kept training waiting.
 
     Raises:
         ConfigError: ``checkpoint_dir`` cannot be written, or ``keep_last`` is less than 1.
@@ -65,6 +72,7 @@ class Checkpointer:
         restore_from: str | None = None,
         keep_last: int | None = 3,
         save_merged: bool = False,
+        async_save: bool = False,
     ):
         if keep_last is not None and keep_last < 1:
             raise ConfigError(
@@ -78,6 +86,9 @@ class Checkpointer:
         self.keep_last = keep_last
         self.save_merged = save_merged
         self._ranks = Ranks(env)
+        self._background = Background(env) if enabled and async_save else None
+        self._copies = HostCopies() if self._background is not None else None
+        self.stall_s = 0.0
         self._run = uuid.uuid4().hex
         self._saved_step = 0  # the step whose state is on disk
         self._schedule: Any | None = None
@@ -90,86 +101,66 @@ class Checkpointer:
         """Write and publish a checkpoint; every rank calls it.
 
         Returns:
-            The checkpoint's directory, or None if saving is off.
+            The checkpoint's directory (with ``async_save``: where it will be), or None if saving is off.
 
         Raises:
             CheckpointError: It could not be written (disk full, permissions, ...); earlier ones are untouched.
         """
         if not self.enabled:
             return None
+        started = time.perf_counter()
+        if self._background is not None:
+            self._background.wait()  # for the one before
         schedule: Any = state.schedule
         name = f"epoch_{schedule.epoch}_step_{schedule.step}"
         best = self._takes_best(schedule.step, name)
         temporary = self._ranks.on_main(
             f"Creating {self.root / name}", lambda: publish.temporary_directory(self.root, name)
         )
+        meta = {"name": name, "epoch": schedule.epoch, "step": schedule.step, **self._identity()}
+        with self._whole_or_nothing(name, temporary):
+            fingerprint = {**_plain(state.fingerprint), **self._surroundings(state)}
+            extra = {"best": best, "fingerprint": fingerprint}
+            contents = Contents.of(state, temporary, self._ranks, extra, self.save_merged)
+            self.save_merged = contents.merged
+            copies = self._copies
+            if copies is not None:
+                self._ranks.together("Copying the state to host memory", lambda: contents.on_host(copies))
+
+        def complete(ranks: Ranks) -> None:
+            with self._whole_or_nothing(name, temporary):
+                contents.write(ranks)
+                publish.seal(temporary, meta, ranks)
+                ranks.on_main(f"Publishing {name}", lambda: self._publish(temporary, name, best))
+
+        if self._background is None:
+            complete(self._ranks)
+        else:
+            self._background.start(complete)
+        self._saved_step, self._best = schedule.step, best
+        self.stall_s = time.perf_counter() - started
+        logger.info("Checkpoint %s kept training waiting for %.2f s.", name, self.stall_s)
+        return self.root / name
+
+    def check(self) -> None:
+        """Raise what went wrong with a save in the background since it was last asked; cheap enough for every step."""
+        if self._background is not None:
+            self._background.check()
+
+    @contextmanager
+    def _whole_or_nothing(self, name: str, temporary: Path) -> Iterator[None]:
         try:
-            self._write(state, temporary, {"best": best})
-            meta = {"name": name, "epoch": schedule.epoch, "step": schedule.step, **self._identity()}
-            publish.seal(temporary, meta, self._ranks)
-            self._ranks.on_main(f"Publishing {name}", lambda: self._publish(temporary, name, best))
+            yield
         except CheckpointError as error:
             if self._ranks.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(
                 f"{error}\ncheckpoint {name} was not saved; those saved before are intact in {self.root}"
             ) from error
-        self._saved_step, self._best = schedule.step, best
-        return self.root / name
 
     def _identity(self) -> dict[str, Any]:
         newest = max((found.sequence for found in publish.find_checkpoints(self.root)), default=0)
         return {"run": self._run, "sequence": max(newest, 0) + 1}
-
-    def _write(self, state: TrainState, directory: Path, extra: Mapping[str, Any]) -> None:
-        fingerprint = {**_plain(state.fingerprint), **self._surroundings(state)}
-        write_resume(state, directory / "resume", self._ranks, {**extra, "fingerprint": fingerprint})
-        merged = self._merges(state)
-        if state.peft is not None:
-            self._write_adapter(state, directory / ("adapter" if merged else "model"))
-        if state.peft is None or merged:
-            self._write_model(state, directory / "model")
-
-    def _write_model(self, state: TrainState, directory: Path) -> None:
-        ranks, model = self._ranks, state.model
-        dtype = getattr(model, "export_dtype", None)
-
-        def gather() -> Any:
-            tensors = None if state.peft is None else state.peft.merged_state_dict(model)
-            return gather_weights(model, tensors, dtype, keep=ranks.is_main)
-
-        weights = ranks.together("Gathering the weights", gather)
-        declared = dtype or getattr(model, "dtype", None)
-        datasets = _datasets(state)
-        ranks.on_main(
-            "Writing the model", lambda: write_model(directory, model, weights, state.tokenizer, declared, datasets)
-        )
-
-    def _write_adapter(self, state: TrainState, directory: Path) -> None:
-        ranks, model, peft = self._ranks, state.model, state.peft
-        assert peft is not None
-
-        def gather() -> Any:
-            return gather_weights(model, peft.adapter_state_dict(model), None, keep=ranks.is_main)
-
-        weights = ranks.together("Gathering the adapter", gather)
-        config: Any = model.config
-        description = peft.adapter_config(model, _base_name(model), getattr(config, "_commit_hash", None))
-        datasets = _datasets(state)
-        ranks.on_main(
-            "Writing the adapter",
-            lambda: write_adapter(directory, weights, description, state.tokenizer, config, datasets),
-        )
-
-    def _merges(self, state: TrainState) -> bool:
-        if state.peft is None:
-            return False
-        if not self.save_merged and not _base_name(state.model):
-            logger.warning(
-                "The base model has no name to load it from again: the merged weights are saved (save_merged)."
-            )
-            self.save_merged = True
-        return self.save_merged
 
     def _publish(self, temporary: Path, name: str, best: tuple[float, str] | None) -> None:
         publish.publish(temporary, self.root / name, self._run)
@@ -331,15 +322,26 @@ class Checkpointer:
     # --- the end --------------------------------------------------------------------------------------------------
 
     def finish(self, state: TrainState) -> None:
-        """Save the last step if it has no checkpoint, and print where the result is and how it is served."""
-        if not self.enabled:
-            return
+        """Save the last step if it has no checkpoint; print where the result is and how it is served, or continued."""
         schedule: Any = state.schedule
+        stopped = schedule.step < getattr(schedule, "total_steps", 0)
+        if not self.enabled:
+            if stopped and self._ranks.is_main:
+                print(f"stopped at step {schedule.step} of {schedule.total_steps}; checkpoint.enabled=false, not saved")
+            return
         if schedule.step > self._saved_step:
             self.save(state)
+        if self._background is not None:
+            self._background.wait()
         name = publish.read_pointer(self.root, LATEST)
-        if self._ranks.is_main and name is not None:
-            print(serving_advice(self.root / name))
+        if not self._ranks.is_main or name is None:
+            return
+        print(serving_advice(self.root / name))
+        if stopped:
+            print(
+                f"stopped at step {schedule.step} of {schedule.total_steps}, saved in {self.root / name}\n"
+                "to go on, run the same command with --checkpoint.restore_from=latest"
+            )
 
 
 def _check_writable(root: Path) -> None:
@@ -356,18 +358,7 @@ def _check_writable(root: Path) -> None:
         ) from error
 
 
-def _base_name(model: Any) -> str:
-    return str(getattr(model.config, "_name_or_path", "") or "")
-
-
 def _plain(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     """As it reads after a round trip through JSON, so that tuples and lists compare equal."""
     content: dict[str, Any] = json.loads(json.dumps(fingerprint, default=str))
     return content
-
-
-def _datasets(state: TrainState) -> tuple[str, ...]:
-    """Hub IDs named in the dataset section, for the model card."""
-    section = (state.fingerprint.get("config") or {}).get("dataset") or {}
-    values = section.values() if isinstance(section, Mapping) else ()
-    return tuple(value for value in values if isinstance(value, str) and hub_id(value))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -160,10 +161,11 @@ def stored_tensors(directory: Path) -> dict[str, tuple[torch.dtype, torch.Size]]
     return {name: (e.properties.dtype, e.size) for name, e in entries if isinstance(e, TensorStorageMetadata)}
 
 
-def save_tensors(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write sharded and whole tensors; every rank calls it and writes what it holds."""
+def save_tensors(directory: Path, tensors: Mapping[str, torch.Tensor], group: Any = None) -> None:
+    """Write sharded and whole tensors; every rank calls it and writes what it holds. ``group``: what ranks agree through."""
+    planner = DefaultSavePlanner(flatten_state_dict=False)
     with _single_process_is_fine():
-        dcp.save(dict(tensors), storage_writer=_Writer(directory), planner=DefaultSavePlanner(flatten_state_dict=False))
+        dcp.save(dict(tensors), storage_writer=_Writer(directory), planner=planner, process_group=group)
 
 
 def load_tensors(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -177,6 +179,9 @@ def load_tensors(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 @contextmanager
 def _single_process_is_fine() -> Iterator[None]:
     """Without the warning that DCP gives where there is no process group: then one process is what is meant."""
+    if dist.is_available() and dist.is_initialized():
+        yield  # and warnings, which are the whole process's, stay as they are while another thread trains
+        return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import logging as hf_logging
 
 from nemo_automodel.components.checkpoint.card import write_card
+from nemo_automodel.components.checkpoint.export import as_transformers_class, kept_in_float32
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def gather_weights(
     is already whole, on the CPU and in ``dtype`` is not copied.
     """
     tensors = model.state_dict(keep_vars=True) if state_dict is None else state_dict
-    fixed = {name for name, _ in model.named_buffers()} | _kept_in_float32(model, tensors, dtype)
+    fixed = {name for name, _ in model.named_buffers()} | kept_in_float32(model, tensors, dtype)
     whole: dict[Any, torch.Tensor] = {}  # tied weights are gathered once
     gathered = {}
     for name, tensor in tensors.items():
@@ -72,13 +73,6 @@ def _whole(tensor: torch.Tensor, dtype: torch.dtype | None, keep: bool) -> torch
     return tensor.cpu() if keep else tensor.new_empty(0)
 
 
-def _kept_in_float32(model: nn.Module, names: Mapping[str, Any], dtype: torch.dtype | None) -> set[str]:
-    patterns = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    if dtype == torch.float16:
-        patterns |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    return {name for name in names if any(f".{pattern}." in f".{name}." for pattern in patterns)}
-
-
 def write_model(
     directory: Path,
     model: Any,
@@ -97,14 +91,29 @@ def write_model(
         dtype: The dtype that ``config.json`` declares. Default: the model's.
         datasets: Hub IDs for the model card.
     """
-    still_tied = share_tied(model, weights)
-    with _as_transformers_class(model):
+    write_beside(directory, model, share_tied(model, weights), tokenizer, dtype, datasets, weights)
+
+
+def write_beside(
+    directory: Path,
+    model: Any,
+    still_tied: bool,
+    tokenizer: Any | None,
+    dtype: torch.dtype | None = None,
+    datasets: tuple[str, ...] = (),
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """``write_model`` without its weights (unless they are given): config, generation config, tokenizer, card, code.
+
+    ``still_tied``: whether the weights that the model ties are saved as one.
+    """
+    with as_transformers_class(model):
         if not still_tied:  # an adapter on the head was merged into it and not into the embedding
             model.config.tie_word_embeddings = False
         if getattr(model, "generation_config", None) is not None:
             model.generation_config = generation_config(model.generation_config, tokenizer)
         with _no_progress_bar():  # it would tear the run's own display
-            model.save_pretrained(directory, state_dict=weights)
+            model.save_pretrained(directory, state_dict={} if weights is None else weights)
     complete_config(directory / "config.json", type(model.config), dtype)
     if tokenizer is not None:
         write_tokenizer(directory, tokenizer)
@@ -124,21 +133,6 @@ def share_tied(model: nn.Module, weights: dict[str, torch.Tensor]) -> bool:
             else:
                 same = False
     return same
-
-
-@contextmanager
-def _as_transformers_class(model: Any) -> Iterator[None]:
-    """The model as the class transformers defines, so that the class name and remote code saved are its own."""
-    ours = type(model)
-    model.__class__ = next(c for c in ours.__mro__ if not c.__module__.startswith(("nemo_automodel.", "torch.")))
-    config, generation = model.config, getattr(model, "generation_config", None)
-    model.config = copy.deepcopy(config)  # save_pretrained writes into it
-    try:
-        yield
-    finally:
-        model.__class__, model.config = ours, config
-        if generation is not None:
-            model.generation_config = generation
 
 
 @contextmanager

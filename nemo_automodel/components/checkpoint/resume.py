@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor import empty as empty_dtensor
 
 from nemo_automodel.components.checkpoint import plain
 from nemo_automodel.components.checkpoint.dcp import load_tensors, save_tensors, stored_tensors
 from nemo_automodel.components.checkpoint.ranks import Ranks
+from nemo_automodel.components.checkpoint.shards import like_local, local_of
 from nemo_automodel.errors import CheckpointError
 from nemo_automodel.types import TrainState
 
@@ -34,20 +36,42 @@ TENSORS = "tensors"
 _LIVE_KEYS = ("fused", "foreach", "capturable")  # how the optimizer runs here, not what it has learned
 
 
-def write_resume(state: TrainState, directory: Path, ranks: Ranks, extra: Mapping[str, Any]) -> None:
-    """Write ``directory``; every rank calls it, on a file system they share.
+@dataclass
+class ResumeState:
+    """What ``directory`` will hold: tensors (the live ones, until ``on_host``) and JSON."""
 
-    Args:
-        state: The run; nothing in it changes.
-        directory: Is created.
-        ranks: The ranks that save together.
-        extra: JSON-able entries that ``read_state`` returns again.
-    """
-    ranks.on_main("Creating the directory", lambda: (directory / TENSORS).mkdir(parents=True))
-    tensors, document, aside = ranks.together("Collecting the state", lambda: _collect(state, extra))
-    ranks.together("Saving the state", lambda: save_tensors(directory / TENSORS, tensors))
-    ranks.on_main("Saving the state", lambda: _write(directory / "state.json", document, aside))
-    ranks.together("Saving the random state", lambda: _write_rng(state, _rank_file(directory, ranks.rank)))
+    directory: Path
+    tensors: dict[str, torch.Tensor]
+    document: dict[str, Any]
+    aside: dict[str, torch.Tensor]
+    rng: Any
+    rng_aside: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, state: TrainState, directory: Path, ranks: Ranks, extra: Mapping[str, Any]) -> ResumeState:
+        """Collect what continues ``state``, and create ``directory``; every rank calls it, nothing in it changes.
+
+        ``extra``: JSON-able entries that ``read_state`` returns again.
+        """
+        ranks.on_main("Creating the directory", lambda: (directory / TENSORS).mkdir(parents=True))
+        tensors, document, aside = ranks.together("Collecting the state", lambda: _collect(state, extra))
+        rng_aside: dict[str, torch.Tensor] = {}
+        rng = ranks.together("Collecting the random state", lambda: _collect_rng(state, rng_aside))
+        return cls(directory, tensors, document, aside, rng, rng_aside)
+
+    def on_host(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Have ``copy`` make a host copy of every tensor."""
+        for tensors in (self.tensors, self.aside, self.rng_aside):
+            for name, tensor in tensors.items():
+                tensors[name] = like_local(tensor, copy(local_of(tensor)))
+
+    def write(self, ranks: Ranks) -> None:
+        """Write everything; every rank calls it, on a file system they share."""
+        directory, group = self.directory, ranks.group
+        ranks.together("Saving the state", lambda: save_tensors(directory / TENSORS, self.tensors, group))
+        ranks.on_main("Saving the state", lambda: _write(directory / "state.json", self.document, self.aside))
+        mine = _rank_file(directory, ranks.rank)
+        ranks.together("Saving the random state", lambda: _write(mine, self.rng, self.rng_aside))
 
 
 def _collect(
@@ -132,11 +156,11 @@ def _placements(value: torch.Tensor) -> list[int] | None:
     """Of a sharded tensor, per mesh dimension: the sharded dimension, or -1 where it is replicated."""
     if not isinstance(value, DTensor):
         return None
-    if not all(isinstance(placement, Shard | Replicate) for placement in value.placements):
+    if any(isinstance(placement, Partial) for placement in value.placements):
         raise CheckpointError(
             f"optimizer state with placements {value.placements} cannot be saved; shard or replicate it"
         )
-    return [placement.dim if isinstance(placement, Shard) else -1 for placement in value.placements]
+    return [getattr(placement, "dim", -1) for placement in value.placements]
 
 
 def _empty_state(param: torch.Tensor, dtype: torch.dtype, size: torch.Size, entry: Mapping[str, Any]) -> torch.Tensor:
@@ -290,9 +314,8 @@ def _spans(optimizer: torch.optim.Optimizer) -> Iterable[tuple[int, int]]:
         start += len(group["params"])
 
 
-def _write_rng(state: TrainState, path: Path) -> None:
-    aside: dict[str, torch.Tensor] = {}
-    _write(path, plain.encode(state.rng.state_dict(), aside, "rng"), aside)
+def _collect_rng(state: TrainState, aside: dict[str, torch.Tensor]) -> Any:
+    return plain.encode(state.rng.state_dict(), aside, "rng")
 
 
 def _load_rng(state: TrainState, directory: Path, rank: int) -> None:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader as TorchDataLoader
 
 from nemo_automodel.components.datasets.collate import Row, collate_packed, collate_padded
 from nemo_automodel.components.datasets.packing import PackedSequence, pack, without_overlong
+from nemo_automodel.components.datasets.workers import outlive_signals
 from nemo_automodel.errors import AutoModelError, DataError
 from nemo_automodel.types import IGNORE_INDEX, Batch
 
@@ -182,6 +183,7 @@ class DataLoader:
             timeout=self.timeout if self.num_workers else 0,
             pin_memory=self.pin_memory,
             collate_fn=_as_is,
+            worker_init_fn=outlive_signals,
             generator=torch.Generator().manual_seed(self.seed % 2**63),  # else iter() draws from the global RNG
         )
 

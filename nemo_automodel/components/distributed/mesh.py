@@ -50,7 +50,12 @@ class MeshManager:
         cp_mesh, tp_mesh: One-dimensional meshes of the ranks that share this one's rows, and its tokens.
         expert_mesh: The view that experts are spread over: ``dp_replicate``, ``dp_shard_ep``, ``ep``.
         dp_rank, dp_size: This rank among those that see different data.
+        takes_meta: That ``parallelize`` shards models that have no memory yet, which are then loaded shard by shard.
+        offload: That weights stay in host memory.
     """
+
+    takes_meta = True
+    offload = False
 
     def __init__(self, sizes: MeshSizes, device: torch.device):
         self.device, self.sizes = device, sizes

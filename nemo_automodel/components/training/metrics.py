@@ -152,9 +152,10 @@ class Loggers:
         self._display.print(f"step {self.schedule.step}  validation loss {val_loss:.4f}")
 
     def checkpoint(self, path: Any) -> None:
-        """Say that a checkpoint was written to ``path``; its time counts for no step."""
+        """Say that a checkpoint was, or in the background is, written to ``path``; its time counts for no step."""
         self._clock = time.monotonic()
-        self._display.print(f"step {self.schedule.step}  saved {path}")
+        done = "saved" if path is None or Path(path).exists() else "saving in the background:"
+        self._display.print(f"step {self.schedule.step}  {done} {path}")
 
     def finish(self) -> None:
         """Close the display, the files and the trackers."""

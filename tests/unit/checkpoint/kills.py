@@ -2,6 +2,7 @@
 
 python -m tests.unit.checkpoint.kills DIRECTORY random KILLS SEED
 python -m tests.unit.checkpoint.kills DIRECTORY stages
+With ASYNC_SAVES=1 in the environment, saves are written in the background.
 """
 
 import json
@@ -12,17 +13,27 @@ import sys
 import time
 from pathlib import Path
 
+from nemo_automodel._transformers.mixin import adopt
 from nemo_automodel.components.checkpoint import checkpointer as module
 from nemo_automodel.components.checkpoint import hf, publish, resume
 from nemo_automodel.components.checkpoint.checkpointer import Checkpointer
 from nemo_automodel.components.checkpoint.ranks import Ranks
 from tests.unit.checkpoint.runs import make_state, train
 
+ASYNC = os.environ.get("ASYNC_SAVES") == "1"
+
+
+def start():
+    state = make_state()
+    if ASYNC:
+        adopt(state.model)  # so that its weights are streamed, too
+    return state
+
 
 def run(root, steps):
     """Resume, then train and save every step, noting each loss on the disk at once."""
-    state = make_state()
-    checkpointer = Checkpointer(None, str(root / "ckpt"), restore_from="latest", keep_last=2)
+    state = start()
+    checkpointer = Checkpointer(None, str(root / "ckpt"), restore_from="latest", keep_last=2, async_save=ASYNC)
     checkpointer.restore(state)
     with (root / "trace").open("a", buffering=1) as log:
         while state.schedule.step < steps:
@@ -30,6 +41,8 @@ def run(root, steps):
             log.write(json.dumps([state.schedule.step, loss]) + "\n")
             checkpointer.offer_best(1.0 / state.schedule.step)
             checkpointer.save(state)
+    if ASYNC:
+        checkpointer.finish(state)
 
 
 def in_child(function, kill_after=None):
@@ -60,7 +73,7 @@ def check(root, must_exist):
 def compare_traces(root):
     lines = [json.loads(line) for line in (root / "trace").read_text().splitlines()]
     last = max(step for step, _ in lines)
-    expected = train(make_state(), last)
+    expected = train(start(), last)
     wrong = [(step, loss) for step, loss in lines if loss != expected[step - 1]]
     assert not wrong, wrong
     return last

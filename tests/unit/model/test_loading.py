@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,16 @@ from nemo_automodel.errors import ModelError
 from tests.builders import make_tokenizer, tiny_config
 
 SINGLE = "model.safetensors"
+
+
+class OnMeta:
+    """A distributed manager that takes models without memory, and shards nothing."""
+
+    device, dp_rank, dp_size, takes_meta = torch.device("cpu"), 0, 1, True
+
+    def parallelize(self, model: Any, blocks: Any, compute_dtype: torch.dtype) -> Any:
+        assert all(parameter.is_meta for parameter in model.parameters())
+        return model
 
 
 def write(path: Path, sharded: bool) -> None:
@@ -115,12 +127,13 @@ DAMAGE: dict[Callable[[Path], None], list[str]] = {
 }
 
 
+@pytest.mark.parametrize("distributed", [None, OnMeta()], ids=["whole", "meta"])
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
-def test_a_bad_checkpoint_is_named(damage: Callable[[Path], None], tmp_path: Path) -> None:
+def test_a_bad_checkpoint_is_named(damage: Callable[[Path], None], distributed: Any, tmp_path: Path) -> None:
     write(tmp_path, sharded=False)
     damage(tmp_path)
     with pytest.raises(ModelError) as error:
-        NeMoAutoModelForCausalLM.from_pretrained(str(tmp_path))
+        NeMoAutoModelForCausalLM.from_pretrained(str(tmp_path), distributed=distributed)
     message = str(error.value)
     assert str(tmp_path) in message
     assert "\n" not in message
@@ -165,18 +178,20 @@ def test_a_bad_index_is_named(damage: Callable[[Path], None], part: str, tmp_pat
     assert part in str(error.value)
 
 
-def test_an_adapter_among_the_weights_is_not_dropped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("distributed", [None, OnMeta()], ids=["whole", "meta"])
+def test_an_adapter_among_the_weights_is_not_dropped(distributed: Any, tmp_path: Path) -> None:
     write(tmp_path, sharded=False)
     name = "model.layers.0.self_attn.q_proj.lora_A.weight"
     edit(tmp_path, lambda tensors: tensors.update({name: torch.ones(2, 2)}))
     with pytest.raises(ModelError, match=r"LoRA adapter.*lora_A.*name the base model"):
-        NeMoAutoModelForCausalLM.from_pretrained(str(tmp_path))
+        NeMoAutoModelForCausalLM.from_pretrained(str(tmp_path), distributed=distributed)
 
 
-def test_a_tensor_too_many_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("distributed", [None, OnMeta()], ids=["whole", "meta"])
+def test_a_tensor_too_many_is_reported(distributed: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path, sharded=False)
     edit(tmp_path, lambda tensors: tensors.update({"model.extra.weight": torch.ones(2)}))
-    NeMoAutoModelForCausalLM.from_pretrained(str(tmp_path))
+    NeMoAutoModelForCausalLM.from_pretrained(str(tmp_path), distributed=distributed)
     assert [r.message for r in caplog.records if "model.extra.weight" in r.message and "unused" in r.message]
 
 
@@ -194,6 +209,35 @@ def test_a_bad_argument_is_named(arguments: dict, parts: list[str], tmp_path: Pa
         NeMoAutoModelForCausalLM.from_pretrained(str(tmp_path), **arguments)
     for part in parts:
         assert part in str(error.value)
+
+
+def untie(path: Path) -> None:
+    edit_json(path, "config.json", lambda config: config.update(tie_word_embeddings=True))
+
+
+def quantise(path: Path) -> None:
+    # Dequantised while loading: plain numbers, with no scales beside them
+    quantised = {"quant_method": "fp8", "dequantize": True, "modules_to_not_convert": ["model", "lm_head"]}
+    edit_json(path, "config.json", lambda config: config.update(quantization_config=quantised))
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "reason"),
+    [
+        (untie, {}, "other values for lm_head.weight than for what that is tied to"),
+        (quantise, {}, "its checkpoint is quantised"),
+        (lambda path: None, {"variant": "x"}, "of model.variant"),
+    ],
+    ids=["untied", "quantised", "option"],
+)
+def test_what_cannot_be_loaded_by_shards_says_why(change, options, reason, tmp_path, caplog) -> None:
+    write(tmp_path, sharded=False)
+    change(tmp_path)
+    with contextlib.suppress(Exception):  # OnMeta refuses what has memory; transformers may refuse the option
+        NeMoAutoModelForCausalLM.from_pretrained(str(tmp_path), distributed=OnMeta(), **options)
+    found = [r.message for r in caplog.records if "every rank loads all of it" in r.message]
+    assert len(found) == 1
+    assert reason in found[0]
 
 
 def test_more_blocks_than_the_config_says(tmp_path):
