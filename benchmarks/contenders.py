@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.workloads import TARGETS, Workload, fill
-from nemo_automodel.types import Batch
+from nemo_automodel.types import IGNORE_INDEX, Batch
 
 
 @dataclass
@@ -38,10 +38,12 @@ def transformers(
     compiled: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     fp32_trained: bool = False,
+    unpacked: bool = False,
 ) -> Contender:
     """transformers (+ PEFT where the workload has adapters), with Liger's kernels or compiled layers or both.
 
-    ``fp32_trained`` keeps what is trained in fp32: adapters as PEFT does by default, all weights under autocast.
+    ``fp32_trained`` keeps what is trained in fp32: adapters as PEFT does by default, all weights under autocast. Packed
+    rows come with positions that restart, from which transformers makes its mask; ``unpacked`` gives a document a row.
     """
     from transformers import LlamaForCausalLM
 
@@ -74,9 +76,14 @@ def transformers(
     params = [p for p in model.parameters() if p.requires_grad]
 
     def forward_backward(batch: Batch) -> torch.Tensor:
-        ids = batch["input_ids"].to(device, non_blocking=True)
+        length = workload.document if unpacked else workload.seq
+        ids = batch["input_ids"].to(device, non_blocking=True).view(-1, length)
+        inputs, labels = {"input_ids": ids}, ids
+        if workload.document and not unpacked:
+            inputs["position_ids"] = batch["position_ids"].to(device, non_blocking=True).view(-1, length)
+            labels = ids.masked_fill(inputs["position_ids"] == 0, IGNORE_INDEX)
         with torch.autocast(device.type, dtype, enabled=autocast):
-            loss = model(input_ids=ids, labels=ids).loss
+            loss = model(**inputs, labels=labels).loss
         loss.backward()
         return loss.detach()
 
@@ -125,7 +132,12 @@ def ours(workload: Workload, device: torch.device, **model_options: Any) -> Cont
         peft = PeftConfig(**({"match_all_linear": True, "dim": r, "alpha": 2 * r} | peft_options))
     dist = FSDP2Manager(env=DistEnv(device=device.type))
     model = NeMoAutoModelForCausalLM.from_config(
-        workload.config(None), peft=peft, distributed=dist, compile=CompileConfig(), **model_options
+        workload.config(None),
+        peft=peft,
+        distributed=dist,
+        compile=CompileConfig(),
+        packed=workload.document is not None,
+        **model_options,
     )
     fill(model.named_parameters())
     model.train()
@@ -151,6 +163,15 @@ def ours_deterministic(workload: Workload, device: torch.device) -> Contender:
     return ours(workload, device)
 
 
+def ours_fp8(workload: Workload, device: torch.device) -> Contender:
+    """Ours with the frozen base in FP8."""
+    from nemo_automodel.components.quantization.fp8 import Fp8Config, quantize
+
+    contender = ours(workload, device, fp8=Fp8Config())
+    quantize(contender.model)  # once more, since the weights were filled after the model was built
+    return contender
+
+
 Builder = Callable[[Workload, torch.device], Contender]
 REFERENCE = "transformers fp32"
 """What every contender's first loss and gradients are compared with; never timed."""
@@ -167,29 +188,41 @@ PEERS: dict[str, Builder] = {
     "transformers + Liger, trained weights in fp32": lambda w, d: transformers(w, d, liger=True, fp32_trained=True),
 }
 ONLY_IN: dict[str, dict[str, Builder]] = {
-    "A": {"ours": ours, "ours, use_triton": lambda w, d: ours(w, d, peft={"use_triton": True})},
+    "A": {
+        FP32_MASTERS: transformers_with_masters,
+        "ours": ours,
+        "ours, use_triton: false": lambda w, d: ours(w, d, peft={"use_triton": False}),
+        "ours, fp8": ours_fp8,
+    },
     "B": {
         FP32_MASTERS: transformers_with_masters,
         "ours": ours,
         PURE_BF16: lambda w, d: ours(w, d, master_dtype="bfloat16"),
         "ours, rng.deterministic": ours_deterministic,
     },
+    "B'": {
+        FP32_MASTERS: transformers_with_masters,
+        "transformers + Liger, a document a row": lambda w, d: transformers(w, d, liger=True, unpacked=True),
+        "ours": ours,
+        PURE_BF16: lambda w, d: ours(w, d, master_dtype="bfloat16"),
+    },
 }
 
 
-def curve_of(workload: str, name: str) -> str:
+def curve_of(name: str) -> str:
     """The plain transformers contender whose loss curve ``name`` must follow: equal in what is kept in which dtype.
 
-    At lr 1e-5 most bf16 weights do not move, and autocast keeps the residual stream in fp32: three different curves.
+    At lr 1e-5 most bf16 weights do not move, autocast keeps the residual stream in fp32, and PEFT computes fp32 adapters
+    in fp32: different curves.
     """
     if name.endswith("trained weights in fp32"):
         return FP32_TRAINED
     if name == FP32_MASTERS or (name.startswith("ours") and name != PURE_BF16):
-        return FP32_TRAINED if workload == "A" else FP32_MASTERS  # fp32 adapters on a bf16 base are the same in both
+        return FP32_MASTERS
     return "transformers"
 
 
-NEEDS_GPU = ("Liger", "compiled", "use_triton")
+NEEDS_GPU = ("Liger", "compiled")
 
 
 def contenders(workload: str, cpu: bool) -> dict[str, Builder]:

@@ -27,6 +27,7 @@ class Workload:
     batch: int
     seq: int
     lora_rank: int | None = None  # None: every weight is trained
+    document: int | None = None  # tokens of each document packed into the rows; None: a row is one document
 
     @property
     def tokens(self) -> int:
@@ -55,26 +56,43 @@ TINY = {
 WORKLOADS = {
     "A": Workload("A", "Llama-3.1-8B shape, LoRA r16 on all projections, 2x4096, bf16", LLAMA_8B, 2, 4096, 16),
     "B": Workload("B", "Llama-3.2-1B shape, full SFT, 4x4096, tied embeddings", LLAMA_1B, 4, 4096),
+    "B'": Workload("B'", "B with documents of 1024 tokens packed to 4096, isolated", LLAMA_1B, 4, 4096, document=1024),
 }
 
 
 def tiny(workload: Workload) -> Workload:
     """The same kind of workload, small enough for a CPU in CI."""
     shape = {**TINY, "tie_word_embeddings": workload.shape["tie_word_embeddings"]}
-    return replace(workload, about=f"tiny: {workload.about}", shape=shape, seq=64)
+    return replace(workload, about=f"tiny: {workload.about}", shape=shape, seq=64, document=workload.document and 16)
 
 
 def batches(workload: Workload, count: int = 4) -> list[Batch]:
-    """Seeded random tokens; every position but each row's last is trained on."""
+    """Seeded random tokens; every position but each document's last is trained on. Packed ones are in a single row."""
     generator = torch.Generator().manual_seed(1)
     found: list[Batch] = []
     for _ in range(count):
         ids = torch.randint(0, workload.shape["vocab_size"], (workload.batch, workload.seq), generator=generator)
-        labels = torch.full_like(ids, IGNORE_INDEX)
-        labels[:, :-1] = ids[:, 1:]
+        documents = ids.view(-1, workload.document or workload.seq)
+        labels = torch.full_like(documents, IGNORE_INDEX)
+        labels[:, :-1] = documents[:, 1:]
         indices = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
-        found.append(Batch(input_ids=ids, labels=labels, label_indices=indices, num_label_tokens=indices.numel()))
+        batch = Batch(input_ids=ids, labels=labels, label_indices=indices, num_label_tokens=indices.numel())
+        found.append(_packed(batch, *documents.shape) if workload.document else batch)
     return found
+
+
+def _packed(batch: Batch, documents: int, length: int) -> Batch:
+    """``batch`` as our collator lays out packed documents: one row, positions that restart, boundaries."""
+    total = documents * length
+    bounds = torch.arange(0, total + 1, length, dtype=torch.int32)
+    packed: dict[str, Any] = {
+        **batch,
+        "input_ids": batch["input_ids"].view(1, total),
+        "labels": batch["labels"].view(1, total),
+    }
+    packed["position_ids"] = torch.arange(length).repeat(1, documents)
+    packed |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": length, "max_length_k": length}
+    return Batch(**packed)  # type: ignore[typeddict-item]
 
 
 def canonical(name: str) -> str:
@@ -99,7 +117,7 @@ def fill(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
 
 
 def model_flops(workload: Workload) -> float:
-    """FLOPs of a forward and backward: 4N a token under LoRA, 6N where all is trained, causal attention counted half.
+    """FLOPs of a forward and backward: 4N a token under LoRA, 6N where all is trained, causal attention within documents, counted half.
 
     N includes the output head and excludes the embedding look-up; adapters are left out, as for every contender.
     """
@@ -107,5 +125,5 @@ def model_flops(workload: Workload) -> float:
     q, kv = s["num_attention_heads"] * s["head_dim"], s["num_key_value_heads"] * s["head_dim"]
     layer = 2 * s["hidden_size"] * q + 2 * s["hidden_size"] * kv + 3 * s["hidden_size"] * s["intermediate_size"]
     n = s["num_hidden_layers"] * layer + s["hidden_size"] * s["vocab_size"]
-    attention_forward = s["num_hidden_layers"] * 2 * workload.tokens * workload.seq * q
+    attention_forward = s["num_hidden_layers"] * 2 * workload.tokens * (workload.document or workload.seq) * q
     return workload.tokens * n * (4 if workload.lora_rank else 6) + 3.5 * attention_forward

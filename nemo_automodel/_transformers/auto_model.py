@@ -1,8 +1,8 @@
 """The autoclasses: a Hugging Face model, loaded, adapted, compiled and sharded, still of its own class.
 
-Order: build -> LoRA -> tensor or expert parallelism -> checkpoint activations -> compile each block -> shard -> load. One
-function, ``_assemble``, is that order. What is built has no memory yet (the meta device) where the model will be sharded, so
-that no rank ever holds all of it; where it will not be, or cannot be loaded that way, weights come first.
+Order: build -> LoRA -> tensor or expert parallelism -> FP8 -> checkpoint activations -> compile each block -> shard -> load.
+One function, ``_assemble``, is that order. What is built has no memory yet (the meta device) where the model will be sharded,
+so that no rank ever holds all of it; where it will not be, or cannot be loaded that way, weights come first.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class _NeMoAutoModel:
         distributed: Any = None,
         compile: Any = None,
         packed: bool = False,
+        fp8: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Load a checkpoint from the Hub or a local directory, and get it ready to train.
@@ -71,6 +72,7 @@ class _NeMoAutoModel:
             distributed: a ``DistributedManager``, or None to stay on one device, unsharded.
             compile: a ``CompileConfig``, or None not to compile.
             packed: batches will be packed; refused for models whose layers would mix documents.
+            fp8: an ``Fp8Config``, or None to compute in ``dtype`` alone.
             **kwargs: further arguments of transformers' ``from_pretrained`` and overrides of the config.
 
         Returns:
@@ -90,13 +92,13 @@ class _NeMoAutoModel:
         _require_range(dtype, compute, distributed)
         options = {"dtype": stored or compute, "attn_implementation": attn_implementation, **source, **kwargs}
         model, weights = None, None
-        if sharded.takes_meta(distributed):
+        if fp8 is None and sharded.takes_meta(distributed):  # FP8 copies are made of weights that are there
             model, weights = sharded.plan_loading(cls._auto_class, name, config, **options)
         if model is None:
             model = loading.load_weights(cls._auto_class, name, config, device=_device(distributed), **options)
         model.__dict__["_automodel_source"] = source
         model.export_dtype = loading.own_dtype(config) or compute  # type: ignore[assignment]
-        return _assemble(model, weights, compute, attn_implementation, peft, distributed, compile, packed)
+        return _assemble(model, weights, compute, attn_implementation, peft, distributed, compile, packed, fp8)
 
     @classmethod
     def from_config(
@@ -112,6 +114,7 @@ class _NeMoAutoModel:
         distributed: Any = None,
         compile: Any = None,
         packed: bool = False,
+        fp8: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Build a model with fresh weights; the same on every rank and for every number of ranks.
@@ -128,6 +131,7 @@ class _NeMoAutoModel:
             distributed: as in ``from_pretrained``.
             compile: as in ``from_pretrained``.
             packed: as in ``from_pretrained``.
+            fp8: as in ``from_pretrained``.
             **kwargs: overrides of the config's fields.
 
         Raises:
@@ -143,7 +147,7 @@ class _NeMoAutoModel:
         options: dict[str, Any] = {"dtype": stored or compute, "attn_implementation": attn_implementation}
         options["trust_remote_code"] = trust_remote_code
         model, weights = None, None
-        if sharded.takes_meta(distributed):
+        if fp8 is None and sharded.takes_meta(distributed):
             model, weights = sharded.plan_fresh(cls._auto_class, built, **options)
         if model is None:
             model = loading.initialize(cls._auto_class, built, device=_device(distributed), **options)
@@ -151,7 +155,7 @@ class _NeMoAutoModel:
         model.config.name_or_path = (
             ""  # fresh weights are nobody's: an adapter must not name the config's home as its base
         )
-        return _assemble(model, weights, compute, attn_implementation, peft, distributed, compile, packed)
+        return _assemble(model, weights, compute, attn_implementation, peft, distributed, compile, packed, fp8)
 
 
 class NeMoAutoModelForCausalLM(_NeMoAutoModel):
@@ -175,6 +179,7 @@ def _assemble(
     distributed: Any,
     compile: Any,
     packed: bool,
+    fp8: Any,
 ) -> Any:
     model = adopt(model)
     _choose_attention(model, attn_implementation)
@@ -197,6 +202,8 @@ def _assemble(
     if expert_mesh is not None:
         expert_parallelize(model, ep_plan_for(model), expert_mesh["ep"])
     blocks = find_blocks(model)
+    if fp8 is not None:
+        fp8.apply(model, blocks)
     checkpoint_activations(blocks, getattr(distributed, "activation_checkpointing", "off"))
     if compile is not None:
         compile.apply(blocks, device)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, core_model_loading, initialization, modeling_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.models.auto import modeling_auto
 
 
 def unsplittable_class_names(model: nn.Module) -> set[str]:
@@ -78,6 +79,21 @@ def model_class_for(auto_class: Any, config: PretrainedConfig) -> type | None:
 def takes_positions(model: nn.Module) -> bool:
     """Whether the model's forward has ``position_ids``."""
     return "position_ids" in inspect.signature(type(model).forward).parameters
+
+
+def registered_types(kind: str) -> list[str]:
+    """The model types that this transformers registers for ``kind``: causal, or vlm (image and text to text)."""
+    names = {"causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "vlm": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"}
+    return sorted(getattr(modeling_auto, names[kind]))
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether labels are what a decoder of its own puts out, beside an encoder's input."""
+    return (
+        bool(getattr(model.config, "is_encoder_decoder", False))
+        and hasattr(model, "get_encoder")
+        and ("decoder_input_ids" in inspect.signature(type(model).forward).parameters)
+    )
 
 
 # --- loading: names and layouts of checkpoints, and what transformers does around its own loading -----------------

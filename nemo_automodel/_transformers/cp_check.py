@@ -75,6 +75,10 @@ def _same_out_of_order(model: nn.Module) -> bool:
             attention_mask=torch.ones_like(where)[None],
             use_cache=False,
         )
+        if getattr(out, "aux_loss", None) is not None:
+            _refuse(
+                model, "its routers' balance loss is of whole rows (without it, output_router_logits: false, it can)"
+            )
         return out.logits[0].float()
 
     expected = logits(positions)[moved]

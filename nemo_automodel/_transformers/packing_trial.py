@@ -64,10 +64,10 @@ def _recorded_calls() -> Iterator[list[bool]]:
     calls: list[bool] = []
 
     def recorder(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
-        calls.append(mask is not None or kwargs.get("cu_seq_lens_q") is not None)
-        return function.attention(module, query, key, value, mask, **kwargs)
+        calls.append(attention_mask is not None or kwargs.get("cu_seq_lens_q") is not None)
+        return function.attention(module, query, key, value, attention_mask, **kwargs)
 
     AttentionInterface.register(function.NAME, recorder)
     try:

@@ -61,6 +61,8 @@ def tiny_twin(config: PretrainedConfig, *, layers: int = 2, heads: int = 4, voca
         chosen.update({k: _map_ints(v, tokens) for k, v in fields.items() if names.is_token(k)})
         for entry in chosen.get("per_layer_config", {}).values():
             entry.update({k: min(v, _MOST_EXPERTS) for k, v in entry.items() if is_int(v) and names.EXPERTS.search(k)})
+        if isinstance(spread := fields.get("initializer_range"), float) and spread < 1e-3:
+            chosen["initializer_range"] = 0.02  # else a tower's output is lost in rounding
         fit_rope(part, fields, chosen)
     shrink_images(parts, old, new)
     return type(config).from_dict(_as_dict(config, new))

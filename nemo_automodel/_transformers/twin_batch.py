@@ -58,9 +58,10 @@ def _fit(
     config: Any = model.config
     token = _first_token(config, _IMAGE_TOKEN)
     if token is not None:
-        count = _features_per_row(model, images, rows)
+        count = _features_per_row(model, {**_extras(config, accepted, batch, None, rows), **images}, rows)
         if count is None:
-            count = _told_by_error(model, {**batch, **images}, token, rows)
+            more = _extras(config, accepted, batch, token, rows)
+            count = _told_by_error(model, {**batch, **images, **more}, token, rows)
         if count:
             batch = _with_image_tokens(config, batch, token, count)
     extras = _extras(config, accepted, batch, token, rows)
@@ -86,7 +87,9 @@ def _features_per_row(model: nn.Module, images: dict[str, Tensor], rows: int) ->
     method: Any = owner.get_image_features
     wanted = inspect.signature(method).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in wanted.values())
-    inputs = {k: v for k, v in images.items() if k in wanted or open_ended}
+    inputs = {
+        k: v for k, v in images.items() if k in wanted or (open_ended and "token_type" not in k and "mask" not in k)
+    }
     with torch.no_grad():
         found = method(**inputs)
     found = getattr(found, "pooler_output", found)

@@ -26,7 +26,7 @@ WIDTH = re.compile(
     r"|features|input_feat_size)$|^(mlp_hidden|hidden_size|projection|intermediate|ffn)"
 )
 NOT_WIDTH = re.compile(
-    r"(patch|image|kernel|window|block|chunk|group|merge_|crop|tile|batch|vocab|canvas|parallel|stride|pool|input_feat"
+    r"(pos_emb_|patch|image|kernel|window|block|chunk|group|merge_|crop|tile|batch|vocab|canvas|parallel|stride|pool|input_feat"
     r"|img|position|num_|resolution|feature_size|codebook_size|audio_channels|base_channels|scale|factor|patch_dim)"
 )
 IMAGE_TOKEN = re.compile(r"^(image_token_id|image_token_index|video_token_id|audio_token_id)$")

@@ -21,17 +21,22 @@ def shrink_images(
     parts: list[PretrainedConfig], old: dict[int, dict[str, Any]], new: dict[int, dict[str, Any]]
 ) -> None:
     """Set a small image size in ``new`` where the config has one, with the fields that count its patches."""
+    seeing = {}
     for part in parts:
         size, patch = side_of(old[id(part)].get("image_size")), side_of(old[id(part)].get("patch_size"))
-        if not size or not patch or size < patch:
-            continue
+        if size and patch and size >= patch:
+            seeing[id(part)] = (size, patch)
+    least = min((size // patch for size, patch in seeing.values()), default=0)
+    for key, (size, patch) in seeing.items():
         side = size // patch
         merges = _merges(parts, old, side)
-        small = 2 * math.lcm(*merges) if merges else 4
-        small = max(small, 4)
+        small = max(2 * math.lcm(*merges) if merges else 4, 4)
+        times, rest = divmod(side, least)
+        if not rest and 1 < times <= 8:  # one tower's patches are merged into another's
+            small *= times
         if small >= side:
             continue
-        new[id(part)]["image_size"] = _resize(old[id(part)]["image_size"], small * patch)
+        new[key]["image_size"] = _resize(old[key]["image_size"], small * patch)
         for other in parts:
             _follow(old[id(other)], new[id(other)], (side, small), (size, small * patch))
 

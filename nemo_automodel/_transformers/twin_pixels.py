@@ -84,12 +84,13 @@ def _positions(eye: _Eye, accepted: set[str], rows: int, random: Any) -> Iterato
         return
     h = w = eye.grid
     places = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), -1).reshape(1, h * w, 2)
-    yield {
-        "pixel_values": random(rows, h * w, eye.channels * eye.patch**2),
-        "image_position_ids": places.expand(rows, -1, -1).contiguous(),
-        "spatial_shapes": torch.tensor([[h, w]] * rows),
-        "pixel_attention_mask": torch.ones(rows, h * w, dtype=torch.long),
-    }
+    for side in (eye.patch, 2 * eye.patch, 3 * eye.patch, 4 * eye.patch):
+        yield {
+            "pixel_values": random(rows, h * w, eye.channels * side**2),
+            "image_position_ids": places.expand(rows, -1, -1).contiguous(),
+            "spatial_shapes": torch.tensor([[h, w]] * rows),
+            "pixel_attention_mask": torch.ones(rows, h * w, dtype=torch.long),
+        }
 
 
 def _flattened(eye: _Eye, accepted: set[str], rows: int, random: Any) -> Iterator[dict[str, Tensor]]:
@@ -107,7 +108,7 @@ def _target_sizes(eye: _Eye, accepted: set[str], rows: int, random: Any) -> Iter
         return
     h = w = 2 * eye.grid
     yield {
-        "pixel_values": random(rows, eye.channels, eye.patch, eye.patch * h * w),
+        "pixel_values": random(1, eye.channels, eye.patch, eye.patch * h * w * rows),
         "target_sizes": torch.tensor([[h, w]] * rows),
     }
 
@@ -144,6 +145,10 @@ def _crops(eye: _Eye, accepted: set[str], rows: int, random: Any) -> Iterator[di
     yield {
         "pixel_values": random(rows, 1, eye.channels, eye.size, eye.size),
         "pixel_attention_mask": torch.ones(rows, 1, eye.size, eye.size, dtype=torch.long),
+    }
+    yield {
+        "pixel_values": random(rows, eye.channels, eye.size, eye.size),
+        "pixel_attention_mask": torch.ones(rows, 1, dtype=torch.long),
     }
 
 

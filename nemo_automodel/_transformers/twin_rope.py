@@ -35,16 +35,13 @@ def _fit(rope: dict[str, Any], ratio: float) -> dict[str, Any]:
 
 
 def _share(sections: Any, ratio: float) -> Any:
-    """``sections`` with the sum scaled by ``ratio``, each at least 1, in about their proportions."""
+    """``sections`` with the sum scaled by ``ratio``, each at least 1; equal ones stay equal where that can be."""
     total = max(round(sum(sections) * ratio), sum(s > 0 for s in sections))
     shares = [max(int(s * ratio), int(s > 0)) for s in sections]
-    while sum(shares) != total:
-        step = 1 if sum(shares) < total else -1
-        gaps = [
-            s * ratio - share if step > 0 or share > 1 else float("inf")
-            for s, share in zip(sections, shares, strict=True)
-        ]
-        shares[gaps.index(max(gaps) if step > 0 else min(gaps))] += step
+    single = [i for i, s in enumerate(sections) if sections.count(s) == 1] or [0]
+    while (left := total - sum(shares)) != 0:
+        fits = left > 0 or shares[single[0]] > 1
+        shares[single[0] if fits else shares.index(max(shares))] += 1 if left > 0 else -1
     return type(sections)(shares)
 
 

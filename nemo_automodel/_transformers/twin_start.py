@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImage
 
 from nemo_automodel._transformers import compat
 from nemo_automodel._transformers import twin_fields as names
+from nemo_automodel._transformers.tiny_twin import tiny_twin
 
 _KINDS = ("full_attention", "linear_attention", "conv", "sliding_attention")
 
@@ -58,6 +59,8 @@ def _complete_tokens(config: PretrainedConfig, text: PretrainedConfig, source: s
 def _fit_towers(config: PretrainedConfig, text: PretrainedConfig) -> None:
     """What a tower puts out is as wide as the decoder, whatever its class's default says."""
     hidden = getattr(text, "hidden_size", None)
+    if config is not text and names.is_int(vars(config).get("hidden_size")) and hidden:
+        config.hidden_size = hidden
     for part in names.parts_of(config):
         if part is config or part is text or hidden is None:
             continue
@@ -86,25 +89,24 @@ def complete(part: PretrainedConfig, source: str) -> None:
     if layers and "mlp_layer_types" in fields and fields["mlp_layer_types"] is None:
         part.mlp_layer_types = ["dense"] + ["sparse"] * (fields[layers] - 1)
     kinds = getattr(part, "layer_types", None)
-    if kinds and "sliding_attention" in kinds and fields.get("sliding_window", 0) is None:
+    if kinds and "sliding_attention" in kinds and getattr(part, "sliding_window", None) is None:
         part.sliding_window = 512
-    rope = fields.get("rope_parameters")
-    if (
-        heads
-        and hidden
-        and rope
-        and "mrope_section" in source
-        and "rope_theta" in rope
-        and "vision" not in type(part).__name__.lower()
-    ):
-        pairs = (
-            int((fields.get("head_dim") or fields[hidden] // fields[heads]) * rope.get("partial_rotary_factor", 1.0))
-            // 2
-        )
-        if rope.get("rope_type") == "default" and "mrope_section" not in rope:
-            rope["mrope_section"] = [pairs - 2 * (pairs * 3 // 8), pairs * 3 // 8, pairs * 3 // 8]
     if "rope_parameters" in fields and fields["rope_parameters"] == {} and kinds:
         part.rope_parameters = {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in set(kinds)}
+    if heads and hidden and "mrope_section" in getattr(part, "ignore_keys_at_rope_validation", ()):
+        _add_rope_sections(part, fields.get("head_dim") or fields[hidden] // fields[heads], source)
+
+
+def _add_rope_sections(part: PretrainedConfig, head_dim: int, source: str) -> None:
+    """Sections of multimodal rotary embeddings, in the proportions that the model's code falls back to."""
+    rope = part.rope_parameters or {}
+    if rope.get("rope_type") != "default" or "mrope_section" in rope:
+        return
+    pairs = int(head_dim * rope.get("partial_rotary_factor", 1.0)) // 2
+    default = re.search(r"mrope_section\", \[(\d+), (\d+), (\d+)\]", source)
+    shares = [int(n) for n in default.groups()] if default else [2, 3, 3]
+    equal = pairs * max(shares) // sum(shares)
+    rope["mrope_section"] = [equal if n == max(shares) else pairs - 2 * equal for n in shares]
 
 
 def _missing(name: str, fields: dict[str, Any], hidden: str | None, heads: str) -> Any:
@@ -138,19 +140,18 @@ def _alternate(kinds: list[str], total: int) -> list[str]:
 
 
 def _borrow_missing(config: PretrainedConfig, auto_class: Any) -> None:
-    """Where the model asks a sub-config for a field that it lacks and another part has, give it that one."""
+    """Where the model asks a sub-config for a field that it lacks and the whole has, give it that one."""
     for _ in range(4):
         try:
+            twin = tiny_twin(config)
             with torch.device("meta"):
-                auto_class.from_config(config)
+                auto_class.from_config(twin)
         except AttributeError as error:
-            part, name = error.obj, error.name
-            if not isinstance(part, PretrainedConfig) or name is None or part is config:
+            asked = [i for i, part in enumerate(names.parts_of(twin)) if part is error.obj]
+            value = getattr(config, str(error.name), (getattr(config, "rope_parameters", None) or {}).get(error.name))
+            if not asked or asked == [0] or value is None:
                 return
-            value = getattr(config, name, (getattr(config, "rope_parameters", None) or {}).get(name))
-            if value is None:
-                return
-            setattr(part, name, value)
+            setattr(names.parts_of(config)[asked[0]], str(error.name), value)
         except Exception:  # whoever builds it next gets to see it
             return
         else:

@@ -80,10 +80,16 @@ class Widths:
             self.known[hidden] = self._new_width(hidden, queries and dim and old[queries] * old[dim], new, queries, dim)
         narrow = new[key] = self.known[hidden]
         dims = [k for k in old if k in new and names.HEAD_DIM.search(k)]
+        latent = any(k.startswith("qk_") for k in dims)  # parts of a head, which add up: as they are
         if queries:
             for k in dims:
                 times, rest = divmod(old[queries] * old[k], hidden)
-                if not rest and (k == dim or times > 1) and times <= 4 and narrow * times % new[queries] == 0:
+                if (
+                    not rest
+                    and (k == dim or (times > 1 and not latent))
+                    and times <= 4
+                    and narrow * times % new[queries] == 0
+                ):
                     new[k] = narrow * times // new[queries]
         self._inner_heads(old, new, hidden, narrow, dims, queries)
 
@@ -101,7 +107,7 @@ class Widths:
     ) -> None:
         """Heads of other mixers (state space, linear attention): as many as fill the width that they filled."""
         for name, value in old.items():
-            if name == queries or not is_int(new.get(name)) or not names.HEADS.search(name):
+            if name == queries or not is_int(new.get(name)) or not names.HEADS.search(name) or "key_value" in name:
                 continue
             for dim in dims:
                 times, rest = divmod(value * old[dim], hidden)
@@ -138,7 +144,8 @@ class Widths:
         if name in new:  # one for each layer, cut already
             return type(value)(self._width(v, hidden) for v in new[name])
         unit = math.gcd(*value)
-        return type(value)(v // unit * 8 if max(value) // unit <= 16 else self._width(v, hidden) for v in value)
+        fits = max(value) // unit <= 16 and not any(v in self.known for v in value)
+        return type(value)(v // unit * 8 if fits else self._width(v, hidden) for v in value)
 
     def _override_dim(
         self, name: str, value: Any, old: dict[str, Any], new: dict[str, Any], shrunk: dict[str, int]

@@ -15,8 +15,10 @@ from nemo_automodel.recipes.run import guarded
 
 VERBS = {
     "finetune": ("nemo_automodel.cli.finetune", "Fine-tune a model as a recipe says: automodel finetune llm -c recipe.yaml"),
+    "launch": ("nemo_automodel.cli.launch", "Run a recipe on a cluster: automodel launch slurm -c recipe.yaml --nodes 2"),
     "demo": ("nemo_automodel.cli.demo", "Train a tiny model here and now, offline and on a CPU."),
     "merge": ("nemo_automodel.cli.merge", "Merge a LoRA adapter into its base model."),
+    "coverage": ("nemo_automodel.cli.coverage", "Try every architecture of the installed transformers, each as a tiny twin."),
 }  # fmt: skip
 """Verb -> module with a function of the same name, and a line of help. Nothing is imported before it is used."""
 
@@ -62,7 +64,7 @@ def _typer_app(verb: str) -> Callable[..., Any]:
     for name, (module, text) in VERBS.items():
         function = getattr(import_module(module), name) if name == verb else _unused
         summary = inspect.cleandoc(function.__doc__).split("\n\n")[0] if name == verb and function.__doc__ else text
-        if name == "finetune":  # it reads its own arguments: overrides are not options that typer could know
+        if name in ("finetune", "launch"):  # they read their own: overrides are not options that typer could know
             settings = {"allow_extra_args": True, "ignore_unknown_options": True}
             app.command(name, help=summary, add_help_option=False, context_settings=settings)(function)
         else:

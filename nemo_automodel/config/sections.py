@@ -48,7 +48,7 @@ LLM: dict[str, Section] = {
     "model": Section(
         "The model: which autoclass, which checkpoint or config.",
         target=MODEL,
-        offered=("peft", "distributed", "compile", "packed"),
+        offered=("peft", "distributed", "compile", "packed", "fp8"),
         needed=("distributed",),
         presence=Presence.REQUIRED,
     ),
@@ -136,6 +136,11 @@ LLM: dict[str, Section] = {
     "compile": Section(
         "torch.compile, one decoder block at a time.",
         target="nemo_automodel.components.training.compile.CompileConfig",
+    ),
+    "fp8": Section(
+        "Frozen weights computed with in FP8; absent = in the model's dtype.",
+        target="nemo_automodel.components.quantization.fp8.Fp8Config",
+        presence=Presence.OPTIONAL,
     ),
     "loggers": Section(
         "Metrics: JSONL and the progress display always, trackers on request.",

@@ -34,6 +34,17 @@ def runs_on(device_type: str) -> bool:
     return device_type in _DEVICES
 
 
+def is_faster_for(weight: torch.Tensor, device: torch.device | None = None) -> bool:
+    """Whether the kernels were measured to be faster than plain torch for layers with such a ``weight``.
+
+    ``device`` is where it will be, for one on the meta device; default where it is.
+    """
+    device = device or weight.device
+    if device.type != "cuda" or torch.version.hip is not None or weight.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def lora_linear(
     x: torch.Tensor,
     weight: torch.Tensor,

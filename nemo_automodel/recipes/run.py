@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from nemo_automodel.components.distributed.placement import adopt_slurm
 from nemo_automodel.config import Config, load
 from nemo_automodel.config.overrides import split_options
 from nemo_automodel.config.reference import help_text
@@ -23,6 +24,7 @@ from nemo_automodel.recipes.ending import run_to_end
 
 DOMAINS = ("llm", "vlm")
 _FLAGS = ("--help", "-h", "--print-config")
+_OF_THE_COMMAND = ("--nproc-per-node", "--nnodes", "--rdzv-endpoint", "--rdzv-id")
 _VALUED = {"-c": "recipe.yaml", "--config": "recipe.yaml", "--allow-target": "my_package"}
 
 
@@ -39,17 +41,23 @@ def run_recipe(domain: str, argv: Sequence[str], main: Callable[[Config], Any] |
     Returns:
         The exit code. A user's mistake is printed (by rank 0), not raised.
     """
-    config: list[Config] = []
-
-    def prepare() -> None:
-        config.extend(_prepare(domain, argv))
-
-    code = guarded(prepare, main_rank_only=True)
-    if code != EXIT_OK or not config:
+    adopt_slurm()
+    code, config = check_recipe(domain, argv)
+    if config is None:
         return code
     quiet_bars()
     with messages_shown():
-        return guarded(lambda: run_to_end(main or _own_main(domain), config[0]))
+        return guarded(lambda: run_to_end(main or _own_main(domain), config))
+
+
+def check_recipe(domain: str, argv: Sequence[str]) -> tuple[int, Config | None]:
+    """Check what ``run_recipe`` would run, without importing torch: the exit code, and the config if there is one.
+
+    Without a config there is nothing to run: a mistake (printed), or arguments that asked for text only.
+    """
+    config: list[Config] = []
+    code = guarded(lambda: config.extend(_prepare(domain, argv)), main_rank_only=True)
+    return code, config[0] if code == EXIT_OK and config else None
 
 
 def _prepare(domain: str, argv: Sequence[str]) -> list[Config]:
@@ -59,6 +67,10 @@ def _prepare(domain: str, argv: Sequence[str]) -> list[Config]:
     if "--help" in options or "-h" in options:
         print(help_text(domain))
         return []
+    if started := next((name for name in _OF_THE_COMMAND if name in {o.partition("=")[0] for o in overrides}), None):
+        raise ConfigError(
+            f"{started}: an option of `automodel finetune`; start a script as torchrun {started} ... script.py"
+        )
     files = [*options.get("-c", []), *options.get("--config", [])]
     if len(files) != 1:
         problem = "given more than once" if files else "missing"

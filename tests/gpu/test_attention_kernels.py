@@ -11,27 +11,27 @@ from nemo_automodel.components.attention import function, varlen
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
-BOUNDARIES = [0, 100, 101, 612, 1024]
-LENGTH = BOUNDARIES[-1]
+BOUNDARIES = {"ragged": [0, 100, 101, 612, 1024], "equal": [0, 256, 512, 768, 1024]}
+LENGTH = 1024
 
 
-def allowed(window: int | None, packed: bool) -> Tensor:
+def allowed(window: int | None, packed: str | None) -> Tensor:
     position = torch.arange(LENGTH, device="cuda")
     behind = position[:, None] - position[None, :]
     mask = behind >= 0
     if window:
         mask &= behind < window
     if packed:
-        document = torch.bucketize(position, torch.tensor(BOUNDARIES, device="cuda"), right=True)
+        document = torch.bucketize(position, torch.tensor(BOUNDARIES[packed], device="cuda"), right=True)
         mask &= document[:, None] == document[None, :]
     return mask
 
 
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("window", [None, 64])
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("packed", ["ragged", "equal", None])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_kernels(size: int, window: int | None, packed: bool, compiled: bool) -> None:
+def test_kernels(size: int, window: int | None, packed: str | None, compiled: bool) -> None:
     torch.manual_seed(0)
     shapes = [(1 if packed else 2, heads, LENGTH, size) for heads in (8, 2, 2)]
     inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
@@ -41,8 +41,8 @@ def test_kernels(size: int, window: int | None, packed: bool, compiled: bool) ->
     module.num_key_value_groups = 4
     options: dict = {"sliding_window": window}
     if packed:
-        cu_seqlens = torch.tensor(BOUNDARIES, device="cuda", dtype=torch.int32)
-        options |= {"cu_seq_lens_q": cu_seqlens, "max_length_q": 512}
+        cu_seqlens = torch.tensor(BOUNDARIES[packed], device="cuda", dtype=torch.int32)
+        options |= {"cu_seq_lens_q": cu_seqlens, "max_length_q": int(cu_seqlens.diff().max())}
     call = torch.compile(function.attention, fullgraph=True) if compiled else function.attention
     out, _ = call(module, *inputs, None, **options)
     gradient = torch.randn_like(out)

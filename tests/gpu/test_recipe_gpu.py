@@ -28,6 +28,12 @@ KINDS = {
         "--peft.use_triton=true",
         "--optimizer.lr=0.03",
     ],
+    "lora fp8": [
+        "--model.dtype=bfloat16",
+        "--peft.match_all_linear=true",
+        "--fp8.min_features=16",
+        "--optimizer.lr=0.03",
+    ],
     "packed": [
         "--model.dtype=bfloat16",
         "--packed_sequence.packed_sequence_size=128",

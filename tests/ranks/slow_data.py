@@ -8,4 +8,5 @@ from nemo_automodel.components.datasets.llm.column_mapped import make_instructio
 def slow(tokenizer, seconds, path="data.jsonl"):
     print("slow data", flush=True)
     time.sleep(seconds)
-    return make_instruction_dataset(path, {"question": "question", "answer": "answer"}, tokenizer=tokenizer)
+    columns = {"question": "question", "answer": "answer"}
+    return make_instruction_dataset(tokenizer, path, column_mapping=columns)

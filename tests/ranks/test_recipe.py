@@ -73,7 +73,7 @@ def test_class_1_the_router_loss_is_the_mean_over_ranks(tmp_path):
 def test_class_20_a_users_mistake_on_rank_0_is_one_message_and_no_rank_hangs(tmp_path):
     workspace = make_workspace(tmp_path)
     result = torchrun(
-        RECIPE, 2, "-c", workspace.recipe, f"--checkpoint.checkpoint_dir={tmp_path}/out", "--dataset.column_mapping={question: quest, answer: answer}", check=False, timeout=60
+        RECIPE, 2, "-c", workspace.recipe, f"--checkpoint.checkpoint_dir={tmp_path}/out", "--dataset.column_mapping={question: quest, answer: answer}", check=False, timeout=200
     )  # fmt: skip
     assert result.returncode != 0
     assert result.stderr.count("error: ") == 1

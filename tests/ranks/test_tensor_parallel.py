@@ -3,12 +3,13 @@
 Claims: (1) loss and every parameter's gradient are those of plain transformers on one process, on every rank, padded and
 packed, full and LoRA and DoRA, whole logits and vocabulary-parallel loss, the sequence sharded or not; (2) adapters,
 merged weights and gradients come out whole, under TP and under FSDP2 x TP; (3) a sharded sequence leaves less saved for
-backward; (4) blocks compile as one graph; (5) a plan that computes something else is found out.
+backward; (4) blocks compile as one graph, once for all lengths; (5) a plan that computes something else is found out.
 """
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -243,16 +244,22 @@ def behaviour() -> None:
     assert tensor < 0.75 * alone, sizes
     assert sequence < 0.85 * tensor, sizes
 
-    for along in (False, True):
+    for along, most in ((False, 2), (True, 3)):  # one length, any length; with the filler of an odd one
         found = []
         for compiled in (False, True):
-            model = build("llama", "sdpa", True, torch.float32)
+            torch._dynamo.reset()
+            counters.clear()
+            model = build("llama", "sdpa", False, torch.float32)
             tensor_parallelize(model, tp_plan_for(model, mesh, along), mesh, along)
             for block in model.model.layers if compiled else ():
                 block.compile(fullgraph=True, backend="aot_eager")
-            loss = cross_entropy_sum(model(input_ids=ids, use_cache=False).logits, ids)
+            loss = 0.0
+            for length in (16, 17, 22, 31, 40):
+                logits = model(input_ids=ids[:, :length], use_cache=False).logits
+                loss = loss + cross_entropy_sum(logits, ids[:, :length])
             loss.backward()
             found.append((loss, [whole(p.grad) for p in model.parameters() if p.grad is not None]))
+            assert counters["stats"]["unique_graphs"] == (most if compiled else 0), counters["stats"]
         torch.testing.assert_close(*(loss for loss, _ in found))
         for one, other in zip(*(grads for _, grads in found), strict=True):
             assert (one - other).norm() <= 1e-5 * one.norm() + 1e-6

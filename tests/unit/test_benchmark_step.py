@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 
 from benchmarks import step
 from benchmarks.contenders import contenders, curve_of
 from benchmarks.workloads import WORKLOADS, batches, model_flops, tiny
 
 
-@pytest.mark.parametrize("workload", ["A", "B"])
+@pytest.mark.parametrize("workload", ["A", "B", "B'"])
 def test_ours_equals_transformers_and_the_table_says_so(workload, tmp_path, capfd):
-    names = [curve_of(workload, "ours"), "ours"]
+    names = [curve_of("ours"), "ours"]
     arguments = ["--cpu", "--workloads", workload, "--warmup", "1", "--steps", "2", "--out", str(tmp_path)]
     assert step.main([*arguments, "--contenders", *names]) == 0, capfd.readouterr().out
     result = json.loads((tmp_path / "step-cpu.json").read_text())
@@ -45,13 +47,26 @@ def test_flops_follow_the_published_formula():
     # 4N + attention of an 8B model: 30.0 + 3.2 GFLOP a token at sequence length 4096 (6N: 45.0).
     assert model_flops(WORKLOADS["A"]) / WORKLOADS["A"].tokens == pytest.approx(33.8e9, rel=0.01)
     assert model_flops(WORKLOADS["B"]) / WORKLOADS["B"].tokens == pytest.approx(8.35e9, rel=0.01)
+    # Documents of a quarter of the length: a quarter of the attention.
+    attention, packed = (model_flops(WORKLOADS[name]) - 6 * 1.2358e9 * 16384 for name in ("B", "B'"))
+    assert packed / attention == pytest.approx(0.25, rel=0.02)
+
+
+def test_packed_documents_are_those_of_the_rows():
+    workload = tiny(WORKLOADS["B'"])
+    (packed,), (rows,) = batches(workload, 1), batches(replace(workload, document=None), 1)
+    assert torch.equal(packed["input_ids"].view(-1, workload.seq), rows["input_ids"])
+    starts = packed["cu_seq_lens_q"][:-1].long()
+    assert (packed["position_ids"][0, starts] == 0).all()
+    assert (packed["labels"][0, starts[1:] - 1] == -100).all()  # nobody predicts the next document
+    assert packed["num_label_tokens"] == workload.tokens - len(starts)
 
 
 def test_every_workload_has_ours_and_each_contender_a_plain_peer():
     for name, workload in WORKLOADS.items():
         found = contenders(name, cpu=False)
         assert "ours" in found
-        assert {curve_of(name, contender) for contender in found} <= {peer for peer in found if "ours" not in peer}
-        assert curve_of(name, "ours") != curve_of(name, "transformers")
+        assert {curve_of(contender) for contender in found} <= {peer for peer in found if "ours" not in peer}
+        assert curve_of("ours") != curve_of("transformers")
         batch = batches(tiny(workload), 1)[0]
         assert batch["num_label_tokens"] == len(batch["label_indices"]) == (batch["labels"] != -100).sum()

@@ -18,6 +18,7 @@ from nemo_automodel.components._peft.linear import (
 
 PREFIX = "base_model.model."
 _AT_ONCE = 2**24  # numbers of a weight that are summed in fp32 at a time
+_EXPERT_PARTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate"}
 _ADAPTER_PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 
 
@@ -87,11 +88,12 @@ def _merge_of(layer: LoRALinear) -> tuple[dict[str, torch.Tensor], Callable[...,
     return tensors, combine
 
 
-def peft_target_modules(model: nn.Module) -> list[str]:
-    """The shortest list from which PEFT adapts exactly the layers adapted here.
+def peft_targets(model: nn.Module) -> tuple[list[str], list[str]]:
+    """(target_modules, target_parameters): the shortest lists from which PEFT adapts exactly the layers adapted here.
 
     PEFT takes an entry as a whole name or as its end after a dot. A last part (``q_proj``) is enough where every module
-    that ends so is adapted; otherwise the whole names stand.
+    that ends so is adapted; otherwise the whole names stand. In a model of fused experts PEFT takes ``gate_proj`` and
+    the like for parts of the experts, wherever they are; such a layer is named by its weight instead.
     """
     adapted: dict[str, list[str]] = {}
     others: set[str] = set()
@@ -102,6 +104,14 @@ def peft_target_modules(model: nn.Module) -> list[str]:
             adapted.setdefault(last, []).append(name)
         else:
             others.add(last)
-    return sorted(
-        target for last, names in adapted.items() for target in (names if last in others else [last])
-    )  # fmt: skip
+    dora = any(layer.lora_magnitude_vector is not None for _, layer in lora_layers(model))
+    taken = _EXPERT_PARTS if _has_fused_experts(model) and not dora else set()
+    modules = (
+        name for last, found in adapted.items() if last not in taken for name in (found if last in others else [last])
+    )
+    parameters = (f"{name}.weight" for last, found in adapted.items() if last in taken for name in found)
+    return sorted(modules), sorted(parameters)
+
+
+def _has_fused_experts(model: nn.Module) -> bool:
+    return any(name.endswith("gate_up_proj") and p.ndim == 3 for name, p in model.named_parameters())

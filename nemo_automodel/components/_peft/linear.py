@@ -60,7 +60,8 @@ class LoRALinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in]`` -> ``[..., out]``."""
         dropout = self.lora_dropout if self.training else 0.0
-        if self.lora_use_triton and dropout == 0.0:
+        quantized = getattr(self, "quantized", False)  # the base product is then not one with ``weight``
+        if self.lora_use_triton and dropout == 0.0 and not quantized:
             weight, bias = self.weight, self.bias  # once: under tensor parallelism they may be made here
             if _kernel_takes(x, weight, bias):
                 dense = weight.t() if self.lora_transposed else weight

@@ -7,7 +7,7 @@ Read with ``linear.py`` (what an adapted layer computes), ``match.py`` (which la
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,13 +18,13 @@ from torch import nn
 from nemo_automodel.components._peft.export import (
     gathered_adapter_tensors,
     merged_tensors,
-    peft_target_modules,
+    peft_targets,
     weight_merges,
 )
 from nemo_automodel.components._peft.linear import LoRALinear, adapt, lora_layers
 from nemo_automodel.components._peft.match import select_modules, summarize
 from nemo_automodel.errors import ConfigError, ModelError
-from nemo_automodel.kernels.lora import runs_on, unsupported_reason
+from nemo_automodel.kernels.lora import is_faster_for, runs_on, unsupported_reason
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class PeftConfig:
             B starts at zero.
         lora_dtype: Dtype the adapters are kept in; null = float32. They compute in the model's own.
         use_triton: Run base and adapter by the Triton kernels. Where they cannot run, that is said once and plain
-            PyTorch is used. null = false.
+            PyTorch is used. null = where they are known to be faster: models in 16 bit on NVIDIA GPUs since Ampere.
     """
 
     target_modules: list[str] | str | None = None
@@ -93,8 +93,8 @@ class PeftConfig:
     def apply(self, model: nn.Module, device: torch.device | None = None) -> list[str]:
         """Freeze ``model`` and adapt its matching linear layers in place; returns their names.
 
-        ``device``: where it will run, of a model on the meta device. Default: where it is.
-        With an initialised process group every rank must call it, so that all draw the same initial values.
+        With an initialised process group every rank must call it, so that all draw the same initial values. ``device``
+        is where the model will run, for one on the meta device; default where it is.
 
         Raises:
             ModelError: a pattern that matches nothing, a named layer that cannot be adapted, nothing to adapt, or a
@@ -106,7 +106,7 @@ class PeftConfig:
             model, _as_list(self.target_modules), _as_list(self.exclude_modules), self.match_all_linear
         )
         model.requires_grad_(False)
-        use_triton = bool(self.use_triton) and self._report_kernel(device or next(model.parameters()).device)
+        use_triton = self._choose_kernel(device or next(model.parameters()).device, selection.targets.values())
         dtype = _parse_dtype(self.lora_dtype)
         for module in selection.targets.values():
             adapt(module, self.dim, self.scale, self.dropout, self.dropout_position, self.use_dora,
@@ -124,6 +124,8 @@ class PeftConfig:
         self, model: nn.Module, base_model_name_or_path: str, revision: str | None = None
     ) -> dict[str, Any]:
         """What ``adapter_config.json`` holds; ``target_modules`` lists what really is adapted in ``model``."""
+        modules, parameters = peft_targets(model)
+        named_by_weight = {"target_parameters": parameters} if parameters else {}
         return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -131,8 +133,9 @@ class PeftConfig:
             "revision": revision,
             "r": self.dim,
             "lora_alpha": self.alpha,
-            "lora_dropout": self.dropout,
-            "target_modules": peft_target_modules(model),
+            "lora_dropout": 0.0 if parameters else self.dropout,  # PEFT knows none on a layer named by its weight
+            "target_modules": modules,
+            **named_by_weight,
             "exclude_modules": None,
             "bias": "none",
             "use_rslora": False,
@@ -161,13 +164,22 @@ class PeftConfig:
         """
         return weight_merges(model)
 
-    def _report_kernel(self, device: torch.device) -> bool:
-        """Whether the Triton path can serve these adapters; the reason why not, or not yet, is logged once."""
+    def _choose_kernel(self, device: torch.device, layers: Iterable[nn.Module]) -> bool:
+        """Whether the Triton path serves these adapters; logged once, with the reason where it was asked for in vain."""
         reason = unsupported_reason(self.dim)
         if self.use_dora:
             reason = "DoRA rescales the base layer's output"
         elif self.dropout > 0:
             reason = "dropout is on"
+        if self.use_triton is None:
+            chosen = reason is None and all(is_faster_for(layer.weight, device) for layer in layers)  # type: ignore[arg-type]
+            if chosen:
+                logger.info(
+                    "LoRA: base and adapter run by the Triton kernels (peft.use_triton: false for plain PyTorch)"
+                )
+            return chosen
+        if not self.use_triton:
+            return False
         if reason is not None:
             logger.warning("LoRA: use_triton is on, but %s; plain PyTorch is used", reason)
         elif device.type != "meta" and not runs_on(device.type):

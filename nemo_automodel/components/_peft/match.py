@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any
 
 import torch
@@ -104,11 +106,29 @@ def _linear_modules(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, s
             skipped[name] = "torch.nn.MultiheadAttention uses its weight without calling the layer"
         elif "forward" in module.__dict__:
             skipped[name] = "its forward is replaced on the instance, which would bypass the adapter"
+        elif _weight_is_used_outside(model, name):
+            skipped[name] = "the module around it hands its weight to a kernel, which would bypass the adapter"
         elif not _computes_a_linear_map(module):
             skipped[name] = f"{type(module).__name__}.forward does not map [..., in] to one [..., out] tensor"
         else:
             linears[name] = module
     return linears, skipped
+
+
+def _weight_is_used_outside(model: nn.Module, name: str) -> bool:
+    """Whether the code of the module around a layer passes the layer's weight on (state space kernels do)."""
+    owner, _, last = name.rpartition(".")
+    use = re.compile(rf"self\.{re.escape(last)}\.weight\s*[,)]")
+    lines = _source_of(type(model.get_submodule(owner))).splitlines()  # type: ignore[arg-type]
+    return any(use.search(line) and "init" not in line for line in lines)
+
+
+@cache
+def _source_of(kind: Any) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""
 
 
 def _computes_a_linear_map(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from nemo_automodel.components._peft.match import is_transposed_linear
 from nemo_automodel.errors import CheckpointError, ModelError
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
-_UNSUPPORTED = ("target_parameters", "layer_replication", "trainable_token_indices", "megatron_config", "use_qalora")
+_UNSUPPORTED = ("layer_replication", "trainable_token_indices", "megatron_config", "use_qalora")
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any]:
@@ -37,6 +37,8 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA can be merged")
     used = [key for key in _UNSUPPORTED if config.get(key)]
+    if any(not name.endswith(".weight") for name in config.get("target_parameters") or ()):  # not a linear layer's
+        used.append("target_parameters")
     if used:
         raise CheckpointError(f"{path}: {', '.join(used)} cannot be merged here; merge it with peft")
     return config

@@ -56,9 +56,14 @@ def attention(
     ``attention_mask`` None means causal (where ``is_causal``, else the module, says so), within documents
     ``cu_seq_lens_q`` [D+1] if given and within ``sliding_window`` keys, the query's own included.
     A 4D ``attention_mask`` (bool, or additive float) says everything by itself: windows and documents are in it.
+    ``indices`` [B, S, N], the keys that a sparse attention's indexer chose, narrow it further.
     """
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     length = query.shape[2]
+    if (indices := kwargs.pop("indices", None)) is not None:
+        if attention_mask is None:
+            attention_mask = _written_mask(length, key.shape[2], causal, sliding_window, cu_seq_lens_q, query.device)
+        attention_mask = _only_selected(indices, key.shape[2], attention_mask, query)
     context = current_context()
     if context is not None:
         if attention_mask is not None or not causal or kwargs.get("position_bias") is not None:
@@ -163,6 +168,15 @@ def written_out_attention(
     else:
         weights = scores.softmax(dim=-1)
     return F.dropout(weights.to(query.dtype), p=dropout, training=dropout > 0) @ value
+
+
+def _only_selected(indices: Tensor, keys: int, mask: Tensor | None, query: Tensor) -> Tensor:
+    """``mask`` [B or 1, 1, S, K] with only the keys ``indices`` [B, S, N] left."""
+    chosen = torch.zeros(*indices.shape[:2], keys, dtype=torch.bool, device=query.device)
+    chosen = chosen.scatter(-1, indices.long(), True)[:, None]
+    if mask is None or mask.dtype == torch.bool:
+        return chosen if mask is None else mask & chosen
+    return mask.masked_fill(~chosen, torch.finfo(query.dtype).min)
 
 
 def _refuse_context_mask(layout: Layout, q_length: int, local_size: int | None, plain: bool) -> None:

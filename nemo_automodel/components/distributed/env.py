@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nemo_automodel.components.distributed.placement import adopt_slurm
 from nemo_automodel.components.distributed.signals import StopSignals
 from nemo_automodel.components.distributed.watch import Watch
 from nemo_automodel.errors import EXIT_FAULT, EXIT_PREEMPTED, AutoModelError, ConfigError, StoppedError, Terminated
@@ -25,8 +26,9 @@ _HOST_TIMEOUT = timedelta(hours=24)
 class DistEnv:
     """Joins (or makes, for a single process) the process group and picks this rank's device.
 
-    Ranks come from the variables that torchrun sets (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``). Without them the
-    process is rank 0 of 1 and still gets a process group, so that one device runs the code of many.
+    Ranks come from the variables that torchrun sets (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``), or from those of
+    ``srun`` with a task for each rank. Without them the process is rank 0 of 1 and still gets a process group, so that
+    one device runs the code of many.
 
     Args:
         backend: torch.distributed backend. Default: ``nccl`` on CUDA, ``gloo`` on the CPU.
@@ -48,6 +50,7 @@ class DistEnv:
         device: str | None = None,
         stop_signals: Sequence[str] = ("SIGTERM", "SIGUSR1", "SIGINT"),
     ):
+        adopt_slurm()
         self.rank = int(os.environ.get("RANK", "0"))
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -75,19 +78,21 @@ class DistEnv:
             return torch.device("cpu")
         if kind != "cuda":
             raise ConfigError(f"dist_env.device={requested}: unknown device; write cuda or cpu")
-        if self.local_rank >= torch.cuda.device_count():
+        index = self.local_rank
+        if torch.cuda.device_count() == 1 and os.environ.get("SLURM_LOCALID") == str(index):
+            index = 0  # a rank that srun has started may be shown its own GPU alone
+        if index >= torch.cuda.device_count():
             raise ConfigError(
                 f"dist_env.device=cuda: local rank {self.local_rank} has no GPU, {torch.cuda.device_count()} visible; "
                 "start fewer processes per node, or set dist_env.device: cpu"
             )
         if self.world_size == 1 and torch.cuda.device_count() > 1:
             logger.warning(
-                "1 of %d visible GPUs is used; for all of them start this recipe under torchrun --nproc-per-node=%d",
-                torch.cuda.device_count(),
+                "1 of %d visible GPUs is used; `automodel finetune` uses all of them (or as many as --nproc-per-node says)",
                 torch.cuda.device_count(),
             )
-        torch.cuda.set_device(self.local_rank)
-        return torch.device("cuda", self.local_rank)
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
 
     def barrier(self) -> None:
         """Wait for every rank, on the host and for as long as it takes."""

@@ -22,18 +22,14 @@ class SequencePlan:
 
     sharded: set[str] = field(default_factory=set)  # modules that know of the sharded sequence
     whole: set[str] = field(default_factory=set)
-    first: set[str] = field(default_factory=set)
-    last: set[str] = field(default_factory=set)
+    blocks: dict[str, dict[str, bool]] = field(default_factory=dict)  # whether each is its stack's first, its last
     summed: set[str] = field(default_factory=set)
 
-    def kinds(self, name: str) -> list[type[tp_layers.Sharded]]:
-        """What module ``name`` becomes besides, innermost first."""
-        by_kind: list[tuple[set[str], type[tp_layers.Sharded]]] = [
-            (self.whole, tp_layers.WholeSequence),
-            (self.first, tp_layers.FirstBlock),
-            (self.last, tp_layers.LastBlock),
-        ]
-        return [kind for names, kind in by_kind if name in names]
+    def kinds(self, name: str) -> list[tuple[type[tp_layers.Sharded], dict[str, bool]]]:
+        """What module ``name`` becomes besides, and its settings."""
+        if name in self.blocks:
+            return [(tp_layers.SequenceBlock, self.blocks[name])]
+        return [(tp_layers.WholeSequence, {})] if name in self.whole else []
 
 
 def plan_sequence(
@@ -47,10 +43,9 @@ def plan_sequence(
     for stack in stacks:
         if not any(_below(name, block) for name in layers for block in stack):
             continue
-        plan.first.add(stack[0])
-        plan.last.add(stack[-1])
-        plan.sharded |= {stack[0], stack[-1]}
+        plan.sharded |= set(stack)
         for block in stack:
+            plan.blocks[block] = {"tp_first": block == stack[0], "tp_last": block == stack[-1]}
             for child, _ in modules[block].named_children():
                 _sort(f"{block}.{child}", modules, layers, regions, plan)
             for name, _ in modules[block].named_parameters():

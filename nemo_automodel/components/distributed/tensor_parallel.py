@@ -76,8 +76,8 @@ def tensor_parallelize(
         own = {key: storage[_join(name, key)] for key, value in module._parameters.items() if value is not None}
         for kind, settings in _kinds(name, module, plan, ranks, own):
             become(module, kind, ranks, own, **settings)
-        for kind in along.kinds(name):
-            become(module, kind, ranks, own)
+        for kind, settings in along.kinds(name):
+            become(module, kind, ranks, own, **settings)
         if name in along.sharded:
             module.__dict__["tp_sequence"] = sequence
         _divide(module, plan.divided.get(name, ()), ranks.size)

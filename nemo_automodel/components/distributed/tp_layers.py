@@ -40,19 +40,26 @@ class Storage:
 
 @dataclass
 class Sequence:
-    """How the sequence between regions is sharded: the length [S] of the batch under way, before it was padded."""
+    """How the sequence between regions is sharded: by how much the batch under way was filled up.
+
+    That number, not the length: a compiled block is compiled anew for each value that it saw here.
+    """
 
     ranks: Ranks
-    length: int = 0
+    filler: int = 0
+
+    def begin(self, x: Tensor) -> Tensor:
+        """This rank's part of ``x`` [B, S, H], with which a forward begins."""
+        self.filler = -x.shape[1] % self.ranks.size
+        return split_to_ranks(self.pad(x), 1, self.ranks)
 
     def pad(self, x: Tensor) -> Tensor:
         """``x`` [B, S, H] with S filled up to a multiple of the ranks."""
-        filler = -x.shape[1] % self.ranks.size
-        return F.pad(x, (0, 0, 0, filler)) if filler else x
+        return F.pad(x, (0, 0, 0, self.filler)) if self.filler else x
 
     def trim(self, x: Tensor) -> Tensor:
         """``x`` [B, S, H] without that filler."""
-        return x[:, : self.length].contiguous() if x.shape[1] != self.length else x
+        return x[:, : -self.filler].contiguous() if self.filler else x
 
 
 class Sharded:
@@ -160,43 +167,37 @@ class WholeSequence(Sharded):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's own, around it ``[B, S / R, H]``."""
+        rows = next(value.shape[0] for value in (*args, *kwargs.values()) if _is_hidden(value))
         args, kwargs = on_first_tensor(self._gather, args, kwargs)
         output = super().forward(*args, **kwargs)  # type: ignore[misc]
-        return on_output(self._split, output)
+        return on_output(lambda x: self._split(x, rows), output)
 
     def _gather(self, x: Tensor) -> Tensor:
         return self.tp_sequence.trim(gather_from_ranks(x, 1, self.tp_ranks))
 
-    def _split(self, x: Tensor) -> Tensor:
+    def _split(self, x: Tensor, rows: int) -> Tensor:
         if x.ndim == 2:  # tokens of all rows in one dimension, as routers leave them
-            rows = x.unflatten(0, (-1, self.tp_sequence.length))
-            return split_to_ranks(self.tp_sequence.pad(rows), 1, self.tp_ranks).flatten(0, 1)
+            x = x.unflatten(0, (rows, -1))
+            return split_to_ranks(self.tp_sequence.pad(x), 1, self.tp_ranks).flatten(0, 1)
         return split_to_ranks(self.tp_sequence.pad(x), 1, self.tp_ranks)
 
 
-class FirstBlock(Sharded):
-    """The decoder block from which on the sequence is sharded."""
+class SequenceBlock(Sharded):
+    """A decoder block between whose regions the sequence is sharded: from the first one's input to the last one's output.
+
+    Done around the call, where no compiled code sees it, and every block is of one class: so all share one compilation.
+    """
 
     tp_sequence: Sequence
+    tp_first: bool
+    tp_last: bool
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the block's own, its input ``[B, S, H]`` whole."""
-        args, kwargs = on_first_tensor(self._begin, args, kwargs)
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
-
-    def _begin(self, x: Tensor) -> Tensor:
-        self.tp_sequence.length = x.shape[1]
-        return split_to_ranks(self.tp_sequence.pad(x), 1, self.tp_ranks)
-
-
-class LastBlock(Sharded):
-    """The decoder block after which the sequence is whole again."""
-
-    tp_sequence: Sequence
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the block's own, its output ``[B, S, H]`` whole."""
-        return on_output(self._end, super().forward(*args, **kwargs))  # type: ignore[misc]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the block's own call."""
+        if self.tp_first:
+            args, kwargs = on_first_tensor(self.tp_sequence.begin, args, kwargs)
+        output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        return on_output(self._end, output) if self.tp_last else output
 
     def _end(self, x: Tensor) -> Tensor:
         return self.tp_sequence.trim(gather_from_ranks(x, 1, self.tp_ranks))

@@ -331,7 +331,7 @@ def _greeting(connection: socket.socket, token: str) -> int | None:
     try:
         text = b""
         while not text.endswith(b"\n") and len(text) < 100:
-            received = connection.recv(1)  # what follows the greeting is not for here
+            received = connection.recv(1)  # no more: the first beat may have come with it
             if not received:
                 return None
             text += received

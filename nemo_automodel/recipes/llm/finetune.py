@@ -62,7 +62,11 @@ def main(cfg: Config) -> int:
     # --- model: load -> LoRA -> compile each block -> shard ----------------------------------------------------
     peft = cfg.peft.instantiate()  # None without the section: full fine-tuning
     model = cfg.model.instantiate(
-        peft=peft, distributed=dist, compile=cfg.compile.instantiate(), packed=packing.packed_sequence_size > 0
+        peft=peft,
+        distributed=dist,
+        compile=cfg.compile.instantiate(),
+        packed=packing.packed_sequence_size > 0,
+        fp8=cfg.fp8.instantiate(),  # None without the section: computed in the model's dtype
     )
     check_data_fits(model, tokenizer, dataset=train_data, validation_dataset=val_data)
     params = [p for p in model.parameters() if p.requires_grad]

@@ -61,7 +61,7 @@ def causal(length: int = LENGTH, window: int | None = None, boundaries: list[int
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("window", [None, 5, LENGTH, 100])
-@pytest.mark.parametrize("boundaries", [None, [0, 7, 8, 24]])
+@pytest.mark.parametrize("boundaries", [None, [0, 7, 8, 24], [0, 8, 16, 24]])
 @pytest.mark.parametrize("extra", ["plain", "scaling", "softcap", "sinks"])
 def test_every_pattern_and_its_gradients(kv_heads: int, window: int | None, boundaries: list[int] | None,
                                          extra: str) -> None:  # fmt: skip
@@ -72,7 +72,10 @@ def test_every_pattern_and_its_gradients(kv_heads: int, window: int | None, boun
         "softcap": {"softcap": 2.0},
         "sinks": {"s_aux": torch.linspace(-1, 3, 4)},
     }[extra]
-    packed = {"cu_seq_lens_q": torch.tensor(boundaries, dtype=torch.int32), "max_length_q": 16} if boundaries else {}
+    packed = {}
+    if boundaries:
+        longest = max(b - a for a, b in itertools.pairwise(boundaries))
+        packed = {"cu_seq_lens_q": torch.tensor(boundaries, dtype=torch.int32), "max_length_q": longest}
     out, weights = function.attention(
         Module(4 // kv_heads), query, key, value, None, sliding_window=window, **options, **packed
     )

@@ -26,7 +26,7 @@ def recipe(tmp_path, monkeypatch):
 def test_help_lists_the_verbs(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(verb in shown for verb in ("finetune", "demo", "merge"))
+    assert all(verb in shown for verb in ("finetune", "launch", "demo", "merge"))
     assert main([]) == 0
 
 
@@ -52,7 +52,7 @@ def test_help_lists_every_section_with_types_and_defaults(arguments, capsys):
     ("arguments", "says"),
     [
         (["finetun"], "did you mean `automodel finetune`?"),
-        (["nothing-like-it"], "the verbs are finetune, demo, merge"),
+        (["nothing-like-it"], "the verbs are finetune, launch, demo, merge"),
         (["finetune", "lm", "-c", "x"], "did you mean `llm`?"),
         (["finetune", "-c", "x"], "write automodel finetune llm -c"),
         (["finetune", "llm"], "-c is missing; write -c recipe.yaml"),

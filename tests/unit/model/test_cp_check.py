@@ -11,9 +11,9 @@ from nemo_automodel.errors import ModelError
 from tests.builders import tiny_config
 
 
-def build(kind, attention=None):
+def build(kind, attention=None, **config):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(kind), attn_implementation=attention or register())
+    model = AutoModelForCausalLM.from_config(tiny_config(kind, **config), attn_implementation=attention or register())
     find_window(model)
     return model
 
@@ -50,4 +50,10 @@ def test_windows_not_handed_on_are_refused():
     model = build("gemma3_text")
     model.__dict__["_automodel_passes_window"] = False
     with pytest.raises(ModelError, match="do not hand their sliding window"):
+        require_context_parallel(model)
+
+
+def test_a_balance_loss_of_whole_rows_is_refused():
+    model = build("qwen3_moe", output_router_logits=True)
+    with pytest.raises(ModelError, match=r"balance loss is of whole rows .*output_router_logits: false"):
         require_context_parallel(model)

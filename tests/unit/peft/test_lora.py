@@ -9,10 +9,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from nemo_automodel.components._peft.linear import LoRALinear
+from nemo_automodel.components._peft import lora
+from nemo_automodel.components._peft.linear import LoRALinear, lora_layers
 from nemo_automodel.components._peft.lora import PeftConfig, reset_adapters
 from nemo_automodel.components._peft.match import name_matches, summarize
 from nemo_automodel.errors import ConfigError, ModelError
+from nemo_automodel.kernels.lora import is_faster_for
 from tests.builders import tiny_config
 
 
@@ -264,6 +266,31 @@ def test_use_triton_falls_back_with_one_reason(options, reason, caplog):
     plain.load_state_dict(model.state_dict())
     ids = torch.randint(3, 384, (2, 9))
     assert torch.equal(model.eval()(input_ids=ids).logits, plain.eval()(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "faster", "expected"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"use_triton": False}, True, False),
+        ({"dropout": 0.1}, True, False),
+        ({"use_dora": True}, True, False),
+    ],
+)
+def test_the_kernels_are_chosen_where_they_are_faster(options, faster, expected, monkeypatch, caplog):
+    """Left open, ``use_triton`` is on where the kernels were measured to be faster, and that is said."""
+    monkeypatch.setattr(lora, "is_faster_for", lambda weight, device: faster)
+    model = build()
+    with caplog.at_level(logging.INFO):
+        PeftConfig(match_all_linear=True, **options).apply(model)
+    assert {layer.lora_use_triton for _, layer in lora_layers(model)} == {expected}
+    assert any("run by the Triton kernels" in r.getMessage() for r in caplog.records) is expected
+    assert not [r for r in caplog.records if "use_triton is on" in r.getMessage()]
+
+
+def test_on_a_cpu_the_kernels_are_not_chosen():
+    assert not is_faster_for(torch.zeros(2, 2, dtype=torch.bfloat16))
 
 
 def test_layers_compile_into_one_graph():

@@ -1,0 +1,120 @@
+"""LoRA over FP8 base weights beside LoRA over bf16 ones, in one process: the products, the step of A, a long loss curve.
+
+python -m benchmarks.fp8 [--parts products step curve] [--steps 15] [--curve 300] [--cpu] [--out DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import milliseconds, write
+from benchmarks.step import measure
+from benchmarks.workloads import WORKLOADS, Workload, tiny
+from nemo_automodel.kernels.fp8 import quantize_rows
+
+CONTENDERS = ("ours, fp8", "ours")
+SHAPES = ((8192, 4096, 4096), (8192, 4096, 14336), (8192, 14336, 4096))  # tokens, in, out
+COLUMNS = ["part", "what", "tok/s", "step ms", "spread ms", "peak GiB", "ms", "TFLOP/s", "error", "accumulation error",
+           "last loss", "largest difference"]  # fmt: skip
+
+
+def products() -> list[dict[str, Any]]:
+    """Time and error of the matrix products alone, with the accumulator the unit has and with the exact one."""
+    rows = []
+    generator = torch.Generator("cuda").manual_seed(0)
+    for tokens, k, n in SHAPES:
+        x = torch.randn(tokens, k, device="cuda", generator=generator).bfloat16()
+        weight = torch.randn(n, k, device="cuda", generator=generator).bfloat16() * k**-0.5
+        (a, a_scales), (b, b_scales) = quantize_rows(x), quantize_rows(weight)
+        wanted = x[:256].double() @ weight.double().t()
+        quantised = (a[:256].double() * a_scales[:256]) @ (b.double() * b_scales).t()
+        ways = {
+            "bf16": lambda x=x, w=weight: x @ w.t(),
+            **{
+                f"fp8, fast accumulation {fast}": lambda fast=fast, a=a, b=b, s=a_scales, t=b_scales: torch._scaled_mm(
+                    a, b.t(), s, t.t(), out_dtype=torch.bfloat16, use_fast_accum=fast
+                )
+                for fast in (True, False)
+            },
+        }
+        for name, way in ways.items():
+            y = way()[:256].double()
+            median, _ = milliseconds(way, 3, 12)
+            found = {"part": "products", "what": f"{tokens} x {k} x {n}, {name}", "ms": round(median, 3)}
+            found["TFLOP/s"] = round(2 * tokens * k * n / median / 1e9)
+            found["error"] = float(f"{((y - wanted).norm() / wanted.norm()).item():.2e}")
+            if name != "bf16":
+                found["accumulation error"] = float(f"{((y - quantised).norm() / quantised.norm()).item():.2e}")
+            rows.append(found)
+    return rows
+
+
+def one_step(workload: Workload, device: torch.device, steps: int) -> list[dict[str, Any]]:
+    """The optimizer step of both."""
+    rows = [{"part": "step", "what": name, **_measured(name, workload, device, 5, steps)} for name in CONTENDERS]
+    return _compared(rows)
+
+
+def curve(workload: Workload, device: torch.device, steps: int) -> list[dict[str, Any]]:
+    """Losses of both over ``steps`` steps of a model of A's width with two layers."""
+    rows = [{"part": "curve", "what": name, **_measured(name, workload, device, steps, 0)} for name in CONTENDERS]
+    return _compared(rows)
+
+
+def _measured(name: str, workload: Workload, device: torch.device, warmup: int, steps: int) -> dict[str, Any]:
+    found = measure(name, workload, device, warmup, steps, profile=steps > 0 and "fp8" in name)
+    found.pop("norms")
+    print(name, found, flush=True)  # at once: a run cut short leaves it
+    torch._dynamo.reset()
+    gc.collect()
+    return found
+
+
+def _compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    ours, bf16 = (row["losses"] for row in rows)
+    for row in rows:
+        row["last loss"] = round(row["losses"][-1], 4)
+    rows[0]["largest difference"] = float(f"{max(abs(a - b) / b for a, b in zip(ours, bf16, strict=True)):.1e}")
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the parts asked for; what is done is written after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--parts", nargs="+", choices=["products", "step", "curve"], default=["products", "step", "curve"]
+    )
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--curve", type=int, default=300)
+    parser.add_argument("--cpu", action="store_true", help="tiny shapes on the CPU, to exercise the program")
+    parser.add_argument("--out", type=Path, default=None, help="directory for the results (default benchmarks/results)")
+    arguments = parser.parse_args(argv)
+    device = torch.device("cpu" if arguments.cpu else "cuda")
+    whole = tiny(WORKLOADS["A"]) if arguments.cpu else WORKLOADS["A"]
+    shallow = replace(whole, shape={**whole.shape, "num_hidden_layers": 2, "vocab_size": 32000}, batch=1, seq=1024)
+    shallow = whole if arguments.cpu else shallow
+    parts = {
+        "products": products,
+        "step": lambda: one_step(whole, device, arguments.steps),
+        "curve": lambda: curve(shallow, device, arguments.curve),
+    }
+    rows: list[dict[str, Any]] = []
+    table = ""
+    for row in itertools.chain.from_iterable(parts[name]() for name in arguments.parts):
+        print({key: row[key] for key in COLUMNS if key in row}, flush=True)
+        rows.append(row)
+        table = write("fp8", rows, COLUMNS, arguments.out)
+    print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

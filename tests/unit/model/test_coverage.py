@@ -1,0 +1,107 @@
+"""The coverage checks, on architectures of many kinds; and that they catch what is wrong.
+
+Unmarked: a sample. All registered architectures: ``-m full``, or ``automodel coverage``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_automodel._transformers import coverage
+from nemo_automodel._transformers.compat import registered_types
+from nemo_automodel._transformers.coverage import REQUIRED, YES, Row, check
+from nemo_automodel._transformers.coverage_report import read_rows, write_report
+from nemo_automodel._transformers.coverage_run import sweep
+from nemo_automodel.cli.app import main
+
+# Dense, soft-capped, chunked, windowed and sink attention; routed, shared and fused experts; latent and sparse attention;
+# state space, linear attention, recurrence and convolutions; tied, scaled and biased heads; towers of several kinds.
+CAUSAL = (
+    "afmoe", "bloom", "cohere2", "deepseek_v3", "deepseek_v32", "ernie4_5_moe", "falcon", "falcon_h1", "gemma2", "gpt2",
+    "gpt_oss", "granite", "lfm2", "llama", "llama4_text", "mamba", "mixtral", "opt", "phi3", "qwen3_moe", "rwkv", "smollm3",
+)  # fmt: skip
+SEEING = ("gemma3", "idefics3", "internvl", "llava", "paligemma", "qwen2_vl")
+SAMPLE = [("causal", t) for t in CAUSAL] + [("vlm", t) for t in SEEING]
+REST = [(k, t) for k in ("causal", "vlm") for t in registered_types(k) if (k, t) not in SAMPLE]
+
+
+def in_its_own_process(kind: str, model_type: str) -> Row:
+    (row,) = sweep([(model_type, kind)], jobs=1)
+    return row
+
+
+@pytest.mark.parametrize(("kind", "model_type"), SAMPLE, ids=[f"{k}-{t}" for k, t in SAMPLE])
+def test_an_architecture_trains_and_round_trips(kind: str, model_type: str) -> None:
+    row = in_its_own_process(kind, model_type)
+    assert {column: row.cells[column] for column in REQUIRED} == dict.fromkeys(REQUIRED, YES)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("kind", "model_type"), REST, ids=[f"{k}-{t}" for k, t in REST])
+def test_whatever_transformers_trains_trains_here(kind: str, model_type: str) -> None:
+    row = in_its_own_process(kind, model_type)
+    if not row.trains_plainly:
+        pytest.skip(row.cells["twin"])
+    wrong = {column: row.cells[column] for column in REQUIRED if row.cells[column] != YES}
+    theirs = all(text.startswith("PEFT does not reload its own") or not text for text in wrong.values())
+    assert not wrong or theirs, wrong
+
+
+def test_a_wrong_loss_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    right: Any = coverage.forward_loss
+
+    def off_by_a_little(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        ce_sum, aux = right(*args)
+        return ce_sum * 1.0002, aux
+
+    monkeypatch.setattr(coverage, "forward_loss", off_by_a_little)
+    row = check("llama", "causal")
+    assert row.cells["twin"] == row.cells["load"] == YES
+    assert row.cells["sft"].startswith("loss of step 0")
+    assert row.cells["lora"].startswith("loss of step 0")
+    assert row.cells["packing"].startswith("loss of step 0")
+
+
+def test_a_weight_that_is_not_saved_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    right: Any = coverage.gather_weights
+
+    def forgetful(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        weights = right(*args, **kwargs)
+        weights["model.norm.weight"] = weights["model.norm.weight"] + 1e-3
+        return weights
+
+    monkeypatch.setattr(coverage, "gather_weights", forgetful)
+    assert "model.norm.weight is not bit for bit" in check("llama", "causal").cells["save"]
+
+
+def test_a_process_that_dies_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(*_: Any) -> Row:
+        raise SystemExit(3)
+
+    monkeypatch.setattr("nemo_automodel._transformers.coverage_run.check", dies)
+    (row,) = sweep([("llama", "causal")], jobs=2)
+    assert not row.trains_plainly
+    assert "ended by itself" in row.cells["twin"]
+
+
+def test_the_report_is_a_page_and_the_same_as_json(tmp_path: Path) -> None:
+    cells = dict.fromkeys(coverage.COLUMNS, YES)
+    rows = [Row("b", "causal", {**cells, "packing": "no | way"}), Row("a", "causal", cells)]
+    page = tmp_path / "docs" / "coverage.md"
+    write_report(rows, page, "2026-01-02")
+    assert "1. no &#124; way" in page.read_text()
+    assert page.read_text().index("| a |") < page.read_text().index("| b |")
+    data = json.loads(page.with_suffix(".json").read_text())
+    assert data["date"] == "2026-01-02"
+    assert read_rows(page) == [rows[1], rows[0]]
+
+
+def test_the_command_names_the_nearest_architecture(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["coverage", "lama"]) == 2
+    assert "did you mean llama?" in capsys.readouterr().err
+    assert main(["coverage", "--kind", "audio"]) == 2
