@@ -353,7 +353,9 @@ def _lost(stored: dict[str, Tensor], model: nn.Module) -> str | None:
 
 
 def _same_logits(ours: Any, plain: Any, batch: dict[str, Any]) -> None:
-    inputs = {k: v for k, v in batch.items() if k != "labels" or compat.is_encoder_decoder(ours)}
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    if compat.is_encoder_decoder(ours):
+        inputs["decoder_input_ids"] = batch["labels"].clamp(min=0)
     logits = []
     for model in (ours, plain):
         model.eval()

@@ -260,7 +260,8 @@ def _with_loss_function(
             del model.__dict__["_loss_function"]
             if previous is not None:
                 model.__dict__["_loss_function"] = previous
-    outputs = base_forward(model, *args, **inputs)
+    decoder = {"labels": labels} if compat.is_encoder_decoder(model) else {}  # its inputs are made from them
+    outputs = base_forward(model, *args, **inputs, **decoder)
     loss = compute(outputs.logits) + _router_loss(model, outputs)
     return type(outputs)(**{**outputs, "loss": loss})
 

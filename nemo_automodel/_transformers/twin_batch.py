@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nemo_automodel._transformers import twin_fields as names
 from nemo_automodel._transformers.twin_pixels import image_inputs
 
-_IMAGE_TOKEN = ("image_token_id", "image_token_index", "image_patch_id", "image_token")
+_IMAGE_TOKEN = ("image_token_id", "image_token_index", "image_patch_id", "image_token", "video_token_index")
 _BEFORE = ("vision_start_token_id", "image_start_token_id", "boi_token_id", "boi_token_index", "im_start_id")
 _AFTER = ("vision_end_token_id", "image_end_token_id", "eoi_token_id", "eoi_token_index", "im_end_id")
 
@@ -90,8 +90,11 @@ def _features_per_row(model: nn.Module, images: dict[str, Tensor], rows: int) ->
     inputs = {
         k: v for k, v in images.items() if k in wanted or (open_ended and "token_type" not in k and "mask" not in k)
     }
-    with torch.no_grad():
-        found = method(**inputs)
+    try:
+        with torch.no_grad():
+            found = method(**inputs)
+    except (ValueError, TypeError, RuntimeError):
+        return None
     found = getattr(found, "pooler_output", found)
     while isinstance(found, (list, tuple)) and len(found) == 1:
         found = found[0]

@@ -29,7 +29,7 @@ NOT_WIDTH = re.compile(
     r"(pos_emb_|patch|image|kernel|window|block|chunk|group|merge_|crop|tile|batch|vocab|canvas|parallel|stride|pool|input_feat"
     r"|img|position|num_|resolution|feature_size|codebook_size|audio_channels|base_channels|scale|factor|patch_dim)"
 )
-IMAGE_TOKEN = re.compile(r"^(image_token_id|image_token_index|video_token_id|audio_token_id)$")
+IMAGE_TOKEN = re.compile(r"^(image_token_id|image_token_index|video_token_id|video_token_index|audio_token_id)$")
 GRID = re.compile(r"^axial_pos_shape$")
 _TOKEN = re.compile(r"(token_ids?|token_index|im_\w+_id|image_patch_id|lang_id|suppress_tokens|unk_index|mask_index)$")
 

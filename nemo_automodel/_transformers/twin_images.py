@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from nemo_automodel._transformers.twin_fields import is_int
+from nemo_automodel._transformers.twin_fields import POSITIONS, is_int
 
 _MERGE = re.compile(
     r"^(spatial_merge_size|merge_size|scale_factor|downsample_factor|adapter_merge_size|pooling_kernel_size)$"
@@ -50,7 +50,7 @@ def _merges(parts: list[PretrainedConfig], old: dict[int, dict[str, Any]], side:
                 found.append(value)
             elif isinstance(value, float) and _RATIO.search(name) and 0 < value < 1:
                 found.append(round(1 / value))
-            elif is_int(value) and _TOKENS.search(name) and value > 1:
+            elif is_int(value) and _TOKENS.search(name) and not POSITIONS.search(name) and value > 1:
                 root = math.isqrt(value)
                 if root * root == value and side % root == 0 and side // root <= 8:
                     found.append(side // root)
@@ -60,7 +60,7 @@ def _merges(parts: list[PretrainedConfig], old: dict[int, dict[str, Any]], side:
 def _follow(old: dict[str, Any], new: dict[str, Any], sides: tuple[int, int], sizes: tuple[int, int]) -> None:
     side, small = sides
     for name, value in old.items():
-        if is_int(value) and _TOKENS.search(name) and value > 1:
+        if is_int(value) and _TOKENS.search(name) and not POSITIONS.search(name) and value > 1:
             for extra in (0, 1):
                 root = math.isqrt(value - extra)
                 if root > 1 and root * root == value - extra and side % root == 0 and small % (side // root) == 0:

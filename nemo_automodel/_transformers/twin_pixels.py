@@ -147,7 +147,7 @@ def _crops(eye: _Eye, accepted: set[str], rows: int, random: Any) -> Iterator[di
         "pixel_attention_mask": torch.ones(rows, 1, eye.size, eye.size, dtype=torch.long),
     }
     yield {
-        "pixel_values": random(rows, eye.channels, eye.size, eye.size),
+        "pixel_values": random(rows, 1, eye.channels, eye.size, eye.size),
         "pixel_attention_mask": torch.ones(rows, 1, dtype=torch.long),
     }
 

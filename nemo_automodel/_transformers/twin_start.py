@@ -93,7 +93,8 @@ def complete(part: PretrainedConfig, source: str) -> None:
         part.sliding_window = 512
     if "rope_parameters" in fields and fields["rope_parameters"] == {} and kinds:
         part.rope_parameters = {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in set(kinds)}
-    if heads and hidden and "mrope_section" in getattr(part, "ignore_keys_at_rope_validation", ()):
+    rotates = "mrope_section" in getattr(part, "ignore_keys_at_rope_validation", ()) or "mrope_section" in source
+    if heads and hidden and rotates and "vocab_size" in fields:
         _add_rope_sections(part, fields.get("head_dim") or fields[hidden] // fields[heads], source)
 
 
