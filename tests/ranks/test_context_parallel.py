@@ -1,8 +1,9 @@
 """Context parallelism on real ranks.
 
 Claims: the loss summed over ranks, and every parameter's gradient summed over ranks, are those of plain transformers
-on one process, whose loss is a sum over each document by itself: padded and packed, full and LoRA, whole logits and
-fused loss, with windows, soft-caps, attention dropout off and blocks recomputed in backward.
+(to 1e-5 in float32, or twice what float32 itself is off from float64 there; to 1e-10 in float64) on one process, whose
+loss is a sum over each document by itself: padded and packed, full and LoRA, whole logits and fused loss, with windows,
+soft-caps, attention dropout off and blocks recomputed in backward.
 """
 
 import pytest
@@ -96,6 +97,15 @@ def reference(kind, lora, dtype):
     return total.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
+def rounding(kind, lora, grads):
+    """By parameter, how far the float32 reference itself is from float64's gradient, relative."""
+    if kind not in FLOAT64:
+        return {}
+    _, exact = reference(kind, lora, torch.float64)
+    pairs = {name: (grads[name], grad) for name, grad in exact.items() if grad is not None}
+    return {name: ((got - grad).norm() / grad.norm().clamp_min(1e-12)).item() for name, (got, grad) in pairs.items()}
+
+
 def close(name, got, expected, tolerance):
     off = (got - expected).norm() / expected.norm().clamp_min(1e-12)
     assert off <= tolerance, f"{name}: {off:.2e} > {tolerance}"
@@ -107,13 +117,14 @@ def compare(kind: str) -> None:
     for dtype, tolerance in TOLERANCES[: 2 if kind in FLOAT64 else 1]:
         for lora in (False, True):
             loss, grads = reference(kind, lora, dtype)
+            noise = rounding(kind, lora, grads) if dtype == torch.float32 else {}
             for packed in (False, True):
                 loss_fn = cross_entropy_sum if dtype == torch.float64 else FusedLinearCrossEntropy()
-                check(kind, lora, dtype, packed, loss_fn, mesh, loss, grads, tolerance)
+                check(kind, lora, dtype, packed, loss_fn, mesh, loss, grads, tolerance, noise)
     dist.destroy_process_group()
 
 
-def check(kind, lora, dtype, packed, loss_fn, mesh, loss, grads, tolerance):
+def check(kind, lora, dtype, packed, loss_fn, mesh, loss, grads, tolerance, noise):
     model = build(kind, register(), lora, dtype)
     find_window(model)
     require_context_parallel(model)
@@ -133,7 +144,8 @@ def check(kind, lora, dtype, packed, loss_fn, mesh, loss, grads, tolerance):
         dist.all_reduce(grad)
         expected = torch.zeros_like(parameter) if grads[name] is None else grads[name]
         if expected.norm() > tolerance * total.abs() * 1e-3:  # else rounding of zero, such as a key bias
-            close(f"{what} {name}", grad, expected, tolerance)
+            # two float32 runs may each be off by their rounding, where that is more than the tolerance
+            close(f"{what} {name}", grad, expected, max(tolerance, 2 * noise.get(name, 0.0)))
         else:
             assert grad.norm() <= tolerance * total.abs(), name
 
