@@ -59,7 +59,7 @@ def main(cfg: Config) -> int:
         val_loader = cfg.dataloader.instantiate(dataset=val_data, **batching, shuffle=False, drop_last=False)
     schedule.plan(loader)
 
-    # --- model: load -> LoRA -> compile each block -> shard ----------------------------------------------------
+    # --- model: LoRA -> parallelism -> compile each block -> shard -> load its weights ------------------------
     peft = cfg.peft.instantiate()  # None without the section: full fine-tuning
     model = cfg.model.instantiate(
         peft=peft,
