@@ -37,19 +37,21 @@ class Nodes:
     source: str
 
 
-def started_as_rank(environ: Mapping[str, str] = os.environ) -> str | None:
+def started_as_rank(environ: Mapping[str, str] | None = None) -> str | None:
     """``torchrun`` or ``srun``, whichever has started this process as one rank of a run; None if none has."""
+    environ = os.environ if environ is None else environ
     if "RANK" in environ and "LOCAL_RANK" in environ:
         return "torchrun"
     return "srun" if _slurm_tasks(environ) > max(1, _number(environ, "SLURM_STEP_NUM_NODES", 1)) else None
 
 
-def find_nodes(environ: Mapping[str, str] = os.environ) -> Nodes | None:
+def find_nodes(environ: Mapping[str, str] | None = None) -> Nodes | None:
     """The machines among which the cluster has started this process, one on each; None on a single one.
 
     Raises:
         ConfigError: A variable that must be a number is none, or the address to meet at is missing.
     """
+    environ = os.environ if environ is None else environ
     if started_as_rank(environ):
         return None
     if _slurm_tasks(environ) > 1:
@@ -73,11 +75,12 @@ def find_nodes(environ: Mapping[str, str] = os.environ) -> Nodes | None:
 _NODE_RANKS = ("PET_NODE_RANK", "RANK", "JOB_COMPLETION_INDEX")  # of a PyTorchJob, and of an Indexed Job
 
 
-def adopt_slurm(environ: MutableMapping[str, str] = os.environ) -> None:
+def adopt_slurm(environ: MutableMapping[str, str] | None = None) -> None:
     """Where ``srun`` started several tasks, set the variables that torchrun would have set, for torch to read.
 
     Does nothing under torchrun, outside Slurm, in a batch script or for a single task.
     """
+    environ = os.environ if environ is None else environ
     if "RANK" in environ or _slurm_tasks(environ) <= 1:
         return
     host, port = _slurm_master(environ)

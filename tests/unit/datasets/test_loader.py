@@ -247,8 +247,8 @@ def test_a_killed_worker_is_one_error() -> None:
 def test_packing_a_hundred_thousand_rows_takes_well_under_a_second() -> None:
     draw = random.Random(0)
     lengths = [draw.randint(10, 900) for _ in range(100_000)]
-    start = time.perf_counter()
+    start = time.process_time()  # not what others take of the processor
     packs = pack(range(100_000), lengths, 2048)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
     assert list(itertools.chain(*packs)) == list(range(100_000))
     assert max(sum(lengths[i] for i in p) for p in packs) <= 2048

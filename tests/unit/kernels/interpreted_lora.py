@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_automodel.components._peft.linear import LoRALinear
+from nemo_automodel.components._peft.linear import LoRALinear, _kernel_takes
 from nemo_automodel.components._peft.lora import PeftConfig
 from nemo_automodel.kernels import lora_triton, reference
 from nemo_automodel.kernels.lora import lora_linear, runs_on
@@ -38,10 +38,12 @@ def assert_within_twice_torch(case, dtype):
     exact = outputs(reference.lora_linear, case, dtype=torch.float64)
     theirs = outputs(reference.lora_linear, case, dtype=dtype)
     ours = outputs(lora_linear, case)
+    # one token's u = x A is a single rounded number: how far torch's happens to be off says nothing of another order
+    known = torch.finfo(torch.float32).eps * case[0].shape[-1] ** 0.5 if case[0].numel() == case[0].shape[-1] else 1e-7
     for name, value, same_dtype, want in zip(("y", "dx", "da", "db"), ours, theirs, exact, strict=True):
         error = (value.double() - want).norm() / want.norm()
         baseline = (same_dtype.double() - want).norm() / want.norm()
-        assert error <= 2 * baseline.clamp_min(1e-7), (name, error, baseline)
+        assert error <= 2 * baseline.clamp_min(known), (name, error, baseline)
     assert [t.dtype for t in ours] == [dtype, dtype, torch.float32, torch.float32]
 
 
@@ -120,7 +122,7 @@ def test_layers_use_the_op_and_compile_into_one_graph():
     fast.load_state_dict(plain.state_dict())
     assert runs_on("cpu")
     assert isinstance(fast[0], LoRALinear)
-    assert fast[0]._kernel_takes(torch.randn(2, 24))
+    assert _kernel_takes(torch.randn(2, 24), fast[0].weight, fast[0].bias)
     x = torch.randn(3, 5, 24)
     reference_loss = plain(x).square().mean()
     reference_loss.backward()

@@ -125,6 +125,7 @@ def test_validation_and_saving_count_for_no_step(env, tmp_path):
 
 
 def test_start_says_what_runs(env, tmp_path, capsys):
+    (tmp_path / "epoch_0_step_4").mkdir()
     run(env, tmp_path)
     shown = capsys.readouterr().err
     assert "Linear, 9 parameters, 9 trainable (100.00%) in float32" in shown
