@@ -19,7 +19,8 @@ def torchrun(target: str, nproc: int, *args: object, timeout: float = 240, check
             "--no-python",
             sys.executable,
             "-c",
-            f"import sys; from {module} import {function}; {function}(*sys.argv[1:])",
+            f"import os, sys; from {module} import {function}; {function}(*sys.argv[1:]); "
+            "sys.stdout.flush(); sys.stderr.flush(); os._exit(0)",  # gloo's threads may abort an interpreter that ends
         ]
         command += [*map(str, args)]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
