@@ -35,6 +35,14 @@ def machine() -> dict[str, Any]:
     return found
 
 
+def covered(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of ``spans`` (start, end)."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total, reached = total + max(0.0, end - max(start, reached)), max(reached, end)
+    return total
+
+
 def milliseconds(function: Callable[[], Any], warmup: int = 5, repeats: int = 20) -> tuple[float, float]:
     """Median and spread (max - min of the middle half) of the time of ``function``, in ms."""
     times = []

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,9 +22,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.common import write
+from benchmarks.common import covered, write
 from benchmarks.contenders import Contender, _optimizer, ours
-from benchmarks.workloads import LLAMA_8B, TINY, Workload, batches, fill, model_flops
+from benchmarks.step import _reset_peak, _speed, _step, _synchronize
+from benchmarks.workloads import LLAMA_8B, TINY, Workload, batches, fill
 
 SHAPE = Workload("C", "Llama-3.1-8B shape, full SFT, FSDP2, 2x4096 tokens a GPU", LLAMA_8B, 2, 4096)
 SMALL = Workload("C", "tiny: full SFT, FSDP2", {**TINY, "tie_word_embeddings": False}, 2, 64)
@@ -85,34 +85,26 @@ def measure(name: str, workload: Workload, device: torch.device, warmup: int, st
     rank, world = dist.get_rank(), dist.get_world_size()
     contender = BUILDERS[name](workload, device)
     data = batches(workload, 4 * world)[rank::world]
-    times, losses, norm = [], [], None
+    done = []
     for i in range(warmup + steps):
-        if i == warmup and device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        start = _mark(device)
-        losses.append(contender.forward_backward(data[i % len(data)]))
-        clipped = contender.clip()
-        norm = clipped if norm is None else norm
-        contender.optimizer.step()
-        contender.optimizer.zero_grad()
-        times.append((start, _mark(device)))
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    mean = torch.stack([loss.float() for loss in losses]).to(device)
+        if i == warmup:
+            _reset_peak(device)
+        done.append(_step(contender, data[i % len(data)], device))
+    _synchronize(device)
+    mean = torch.stack([step.loss.float() for step in done]).to(device)
     if name == OURS:  # it divides by the label tokens of all ranks: the ranks' shares add up to the mean
         mean *= world
     dist.all_reduce(mean)
-    full = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    step = statistics.median(_between(*pair) for pair in times[warmup:])
-    spread = statistics.quantiles([_between(*pair) for pair in times[warmup:]], n=4)
+    norm: Any = done[0].norm
+    speed = _speed(workload, [step.milliseconds() for step in done[warmup:]])
     result = {
         "losses": (mean / world).tolist(),
         # the plain loop's gradient is the mean over ranks of per-rank means, which is ours too: all rows are as long
-        "grad_norm": float(full),
-        "step ms": round(step, 1),
-        "spread ms": round(spread[2] - spread[0], 1),
-        "tok/s per GPU": round(workload.tokens / step * 1e3),
-        "TFLOP/s per GPU": round(model_flops(workload) / step / 1e9, 1),
+        "grad_norm": float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm),
+        "step ms": speed["step ms"],
+        "spread ms": speed["spread ms"],
+        "tok/s per GPU": speed["tok/s"],
+        "TFLOP/s per GPU": speed["TFLOP/s"],
     }
     if device.type == "cuda":
         result["peak GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
@@ -126,40 +118,15 @@ def _communication(contender: Contender, data: Any, steps: int = 2) -> dict[str,
 
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         for i in range(steps):
-            contender.forward_backward(data[i % len(data)])
-            contender.clip()
-            contender.optimizer.step()
-            contender.optimizer.zero_grad()
-        torch.cuda.synchronize()
+            _step(contender, data[i % len(data)], torch.device("cuda"))
+        _synchronize(torch.device("cuda"))
     spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for event in trace.events():
         if event.device_type.name == "CUDA":
             spans["nccl" in event.name.lower()].append((event.time_range.start, event.time_range.end))
-    both, compute, nccl = _covered(spans[True] + spans[False]), _covered(spans[False]), _covered(spans[True])
+    both, compute, nccl = covered(spans[True] + spans[False]), covered(spans[False]), covered(spans[True])
     scale = 1e3 * steps
     return {"communication ms": round(nccl / scale, 1), "exposed ms": round((both - compute) / scale, 1)}
-
-
-def _covered(spans: list[tuple[float, float]]) -> float:
-    """Length of the union of ``spans``."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        total, reached = total + max(0.0, end - max(start, reached)), max(reached, end)
-    return total
-
-
-def _mark(device: torch.device) -> Any:
-    if device.type != "cuda":
-        import time
-
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _between(start: Any, end: Any) -> float:
-    return (end - start) * 1e3 if isinstance(start, float) else start.elapsed_time(end)
 
 
 def run_contender(name: str, arguments: argparse.Namespace) -> dict[str, Any]:

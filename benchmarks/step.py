@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import write
+from benchmarks.common import covered, write
 from benchmarks.contenders import REFERENCE, Contender, build, contenders, curve_of
 from benchmarks.workloads import WORKLOADS, Workload, batches, canonical, model_flops, tiny
 
@@ -151,11 +151,9 @@ def _kernel_table(contender: Contender, batch: Any, device: torch.device, steps:
         _synchronize(device)
     events = sorted(trace.key_averages(), key=lambda e: -e.self_device_time_total)
     total = sum(e.self_device_time_total for e in events) or 1
-    spans = sorted((e.time_range.start, e.time_range.end) for e in trace.events() if e.device_type.name == "CUDA")
-    busy, reached = 0.0, spans[0][0] if spans else 0.0
-    for start, end in spans:
-        busy, reached = busy + max(0.0, end - max(start, reached)), max(reached, end)
-    wall = reached - spans[0][0] if spans else 1.0
+    spans = [(e.time_range.start, e.time_range.end) for e in trace.events() if e.device_type.name == "CUDA"]
+    busy = covered(spans)
+    wall = max(end for _, end in spans) - min(start for start, _ in spans) if spans else 1.0
     lines = [
         f"kernels {total / 1e3 / steps:.1f} ms a step; {wall / 1e3 / steps:.1f} ms passed, {1 - busy / wall:.1%} idle"
     ]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemo_automodel.components.checkpoint.shards import Intervals, held, local_of
+from nemo_automodel.components.checkpoint.shards import Intervals, held, live_tensors, local_of, plain_name
 
 FILE_BYTES = 4 * 10**9
 """About how large a file of weights gets; each is written by one rank."""
@@ -93,9 +93,8 @@ def plan_export(
         file_bytes: About how large a file gets.
     """
     merges = merges or {}
-    live = {_plain(name): t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     adapters = {id(t) for merge in merges.values() for t in merge.tensors.values()}
-    live = {name: tensor for name, tensor in live.items() if id(tensor) not in adapters}
+    live = {name: tensor for name, tensor in live_tensors(model).items() if id(tensor) not in adapters}
     cast = _casts(model, live, dtype)
     meta: dict[Any, Tensor] = {}
     stand_ins = {
@@ -144,7 +143,7 @@ def _group(
 
 
 def _casts(model: Any, live: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    fixed = {_plain(name) for name, _ in model.named_buffers()} | kept_in_float32(model, live, dtype)
+    fixed = {plain_name(name) for name, _ in model.named_buffers()} | kept_in_float32(model, live, dtype)
     return {
         name: dtype if dtype is not None and tensor.is_floating_point() and name not in fixed else tensor.dtype
         for name, tensor in live.items()
@@ -172,7 +171,3 @@ def as_transformers_class(model: Any) -> Iterator[None]:
         model.__class__, model.config = ours, config
         if generation is not None:
             model.generation_config = generation
-
-
-def _plain(name: str) -> str:
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")

@@ -26,7 +26,7 @@ from torch.distributed.tensor import empty as empty_dtensor
 from nemo_automodel.components.checkpoint import plain
 from nemo_automodel.components.checkpoint.dcp import load_tensors, save_tensors, stored_tensors
 from nemo_automodel.components.checkpoint.ranks import Ranks
-from nemo_automodel.components.checkpoint.shards import like_local, local_of
+from nemo_automodel.components.checkpoint.shards import like_local, live_tensors, local_of
 from nemo_automodel.errors import CheckpointError
 from nemo_automodel.types import TrainState
 
@@ -77,7 +77,7 @@ class ResumeState:
 def _collect(
     state: TrainState, extra: Mapping[str, Any]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, torch.Tensor]]:
-    names = _live_names(state.model)
+    names = live_tensors(state.model)
     tensors = {f"model/{name}": tensor.detach() for name, tensor in _saved_of(names)}
     aside: dict[str, torch.Tensor] = {}
     own: dict[str, torch.Tensor] = {}  # of ``state.extra``: beside the weights, for they may be as large and sharded
@@ -91,15 +91,6 @@ def _collect(
     }
     tensors.update(own)
     return tensors, document, aside
-
-
-def _live_names(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and persistent buffer, sharded if the model is, under the name it has in the plain model."""
-    live = model.state_dict(keep_vars=True)  # also lets FSDP put its shards back in place
-    plainly = (
-        (name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", ""), t) for name, t in live.items()
-    )
-    return {name: tensor for name, tensor in plainly if isinstance(tensor, torch.Tensor)}
 
 
 def _saved_of(names: Mapping[str, torch.Tensor]) -> Iterable[tuple[str, torch.Tensor]]:
@@ -192,7 +183,7 @@ def load_resume(state: TrainState, directory: Path, ranks: Ranks) -> None:
         CheckpointError: The model or the optimizer is another one; the message lists what differs.
     """
     document, aside = read_state(directory), _aside(directory / "state.json")
-    names = _live_names(state.model)
+    names = live_tensors(state.model)
     stored = ranks.together("Reading the index", lambda: stored_tensors(directory / TENSORS))
     _check_weights(names, stored)
     targets = {f"model/{name}": tensor.detach() for name, tensor in _saved_of(names)}

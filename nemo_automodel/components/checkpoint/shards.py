@@ -6,13 +6,24 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 Intervals = tuple[tuple[int, int], ...]
 """Ranges ``[start, stop)`` along one dimension, in order: one for a plain shard, several for a strided one."""
+
+
+def live_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer, sharded if the model is, under the name it has in the plain model."""
+    live = model.state_dict(keep_vars=True)  # also lets FSDP put its shards back in place
+    return {plain_name(name): tensor for name, tensor in live.items() if isinstance(tensor, Tensor)}
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name without what ``torch.compile`` and activation checkpointing insert."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def local_of(tensor: Tensor) -> Tensor:

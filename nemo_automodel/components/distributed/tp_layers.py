@@ -3,7 +3,7 @@
 A module's class is exchanged for a subclass of it (``isinstance`` still holds) whose parameters are *stored* as DTensors,
 which FSDP2, checkpoints and optimizers understand, and *seen* by its forward as plain local tensors. So no DTensor is
 dispatched, and adapters and kernels need to know nothing of it. Outside a forward that FSDP2 gathered for, an attribute
-such as ``.weight`` is the stored parameter; ``stored_parameter`` always is.
+such as ``.weight`` is the stored parameter; ``_parameters`` always holds it.
 """
 
 from __future__ import annotations
@@ -236,11 +236,6 @@ def _copied(value: Any, ranks: Ranks) -> Any:
     if isinstance(value, Tensor) and value.is_floating_point() and value.requires_grad:
         return copy_to_ranks(value, ranks)
     return value
-
-
-def stored_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
-    """Parameter ``name`` of ``module`` as it is stored: sharded, where the attribute may be this rank's share."""
-    return module._parameters.get(name)
 
 
 def become(module: nn.Module, kind: type[Sharded], ranks: Ranks, storage: dict[str, Storage], **settings: Any) -> None:
