@@ -7,13 +7,14 @@ times the larger of its own and the mean error), for each; losses within 1%.
 """
 
 import json
+import time
 from dataclasses import asdict
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.ranks.launch import torchrun
+from tests.ranks.launch import ROOT, torchrun
 from tests.ranks.parity import LAYOUTS, MODELS, Cell, _sharpen, oracle
 from tests.recipes.workspace import make_workspace
 
@@ -27,14 +28,14 @@ TWO = [name for name, (ranks, _) in LAYOUTS.items() if ranks == 2]
 
 
 def cells_of(layout):
-    models = ["MoE"] if "EP" in layout else ["Llama", "Qwen3", "Gemma-3", "MoE"]
+    models = ["MoE"] if "EP" in layout else list(MODELS)
     return [
         Cell(layout, peft, model, packed, dtype)
         for model in models
         for peft in (False, True)
         for packed in (False, True)
         for dtype in ("float32", "bfloat16")
-        if dtype == "bfloat16" or model in ("Llama", "MoE")
+        if model in (("Llama", "MoE", "GPT-2") if dtype == "float32" else ("Llama", "MoE", "Qwen3", "Gemma-3"))
     ]
 
 
@@ -42,9 +43,8 @@ def cells_of(layout):
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("parity")
     for model, (kind, config) in MODELS.items():
-        if model != "GPT-2":
-            make_workspace(root / model, kind, **(SIZES | config))
-            _sharpen(root / model / "model")
+        make_workspace(root / model, kind, **(SIZES | config))
+        _sharpen(root / model / "model")
     return root
 
 
@@ -82,9 +82,32 @@ def wrong(cell, found):
 def test_the_saved_model_of_two_gpus_loads_on_one(root):
     workspace = make_workspace(root / "saved", **SIZES)
     target = "nemo_automodel/recipes/llm/finetune.py"
-    from tests.ranks.launch import ROOT
-
     torchrun(str(ROOT / target), 2, "-c", workspace.recipe, f"--checkpoint.checkpoint_dir={root}/saved/out",
              "--step_scheduler.max_steps=4", "--model.dtype=bfloat16", "--distributed.tp_size=2")  # fmt: skip
     saved = next((root / "saved" / "out").glob("epoch_*_step_4")) / "model"
     assert AutoModelForCausalLM.from_pretrained(saved)(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+def test_the_command_starts_the_ranks_and_trains_alike_with_offload_and_saving_in_the_background(root):
+    workspace = make_workspace(root / "command", **SIZES)
+    two = ["--nproc-per-node=2", "--step_scheduler.local_batch_size=2", "--step_scheduler.max_steps=4"]
+    workspace.spawn(*two, out="plain")
+    workspace.spawn(*two, "--distributed.offload=true", "--checkpoint.async_save=true", out="offloaded")
+    plain, offloaded = ([line["loss"] for line in workspace.metrics(out)] for out in ("plain", "offloaded"))
+    assert offloaded == pytest.approx(plain, rel=1e-5)
+    saved = next((workspace.path / "offloaded").glob("epoch_*_step_4")) / "model"
+    assert AutoModelForCausalLM.from_pretrained(saved)(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("fault", ["error", "hang"])
+def test_a_failing_or_hanging_rank_ends_the_other_and_is_named(root, fault):
+    workspace = make_workspace(root / fault, **SIZES)
+    start = time.monotonic()
+    result = torchrun(
+        str(ROOT / "tests" / "ranks" / "faulty.py"), 2, "-c", workspace.recipe, "--step_scheduler.local_batch_size=2",
+        f"--checkpoint.checkpoint_dir={workspace.path}/out", "--dist_env.timeout_minutes=0.25",
+        check=False, env={"FAULT": fault, "FAULT_RANK": "1"},
+    )  # fmt: skip
+    assert result.returncode
+    assert time.monotonic() - start < 100
+    assert "rank 1" in result.stderr, result.stderr[-3000:]
