@@ -99,7 +99,6 @@ class Certificate:
         small = take_small_copy(model)  # type: ignore[arg-type]
         if self.mode == "off":
             return None
-        start = time.monotonic()
         device = torch.device(getattr(distributed, "device", None) or next(model.parameters()).device)
         checkpointing = getattr(distributed, "activation_checkpointing", "off")
         stack = stack_of(model, loss_fn, packed=packed, checkpointing=checkpointing, device=device)
@@ -110,8 +109,6 @@ class Certificate:
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             torch.distributed.broadcast_object_list(found, src=0)
         verdict, buffers, from_cache = found[0]
-        if not from_cache:
-            verdict.seconds = round(time.monotonic() - start, 2)
         self._act(model, stack, verdict, buffers, getattr(getattr(distributed, "sizes", None), "cp", 1))
         self._report(verdict, from_cache)
         return verdict
@@ -122,17 +119,18 @@ class Certificate:
         self, model: nn.Module, stack: Stack, small: Any, device: torch.device
     ) -> tuple[Verdict, dict[str, Tensor], bool]:
         """The verdict, the buffers that must be set anew, and whether the verdict was made before."""
+        start, verdict = time.monotonic(), Verdict()
         cls, config = plain_class(model), getattr(model, "config", None)
         if cls is None or not isinstance(config, PretrainedConfig):
-            return Verdict(unproved=["it is no model of transformers"]), {}, False
+            verdict.unproved.append("it is no model of transformers")
+            return verdict, {}, False
         dtype = model.__dict__.get("_automodel_compute_dtype") or next(model.parameters()).dtype
         live = cached.free_buffers(model)
         key = cached.key_of(cls, config, stack, device, dtype, live)
         record = cached.load(self.cache_dir, key)
-        if record is not None and (verdict := _restored(record)) is not None:
+        if record is not None and (restored := _restored(record)) is not None:
             self._write(record)
-            return verdict, {}, True
-        start, verdict = time.monotonic(), Verdict()
+            return restored, {}, True
         _attempt(TWIN, verdict, lambda: _prove_twin(cls, config, small, stack, verdict))
         buffers: dict[str, Tensor] = {}
         _attempt(REAL, verdict, lambda: buffers.update(_prove_real(cls, config, stack, verdict, device, dtype, live)))

@@ -276,11 +276,11 @@ class Trial:
 
     def _compare(self, found: Gaps, fp8: bool) -> str | None:
         loss_limit = EXACT_LOSS if self.yardstick is None else ROUGH_LOSS
+        worst, name = found.worst
         if not found.loss <= loss_limit * (5 if fp8 else 1):
-            return f"its loss differs by {found.loss:.2g} of plain transformers'"
+            return f"its loss is off by {found.loss:.2g} of itself, the gradient of {name} by {worst:.2g} of its norm"
         if fp8:
             return None if found.total <= FP8_ERROR else f"all gradients together are off by {found.total:.2g}"
-        worst, name = found.worst
         plain = self.yardstick
         if plain is None:
             self.worst = max(self.worst, worst)
