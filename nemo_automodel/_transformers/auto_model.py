@@ -182,6 +182,7 @@ def _assemble(
     fp8: Any,
 ) -> Any:
     model = adopt(model)
+    model.__dict__["_automodel_compute_dtype"] = compute_dtype  # a certificate is for that one
     _choose_attention(model, attn_implementation)
     sizes = getattr(distributed, "sizes", None)  # of our own managers; a user's shards in its own way
     with tried_on(model) as whole:  # what is found out by running it, while nothing is sharded

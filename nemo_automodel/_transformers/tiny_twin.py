@@ -68,14 +68,58 @@ def tiny_twin(config: PretrainedConfig, *, layers: int = 2, heads: int = 4, voca
     return type(config).from_dict(_as_dict(config, new))
 
 
-def _cut(part: PretrainedConfig, fields: dict[str, Any], wanted: int) -> dict[str, Any]:
+def one_block_each(config: PretrainedConfig, *, vocab_size: int, window: int) -> PretrainedConfig:
+    """``config`` with one layer of each kind, every width as it is; ``config`` itself stays as it is.
+
+    Args:
+        config: any transformers config, with its sub-configs.
+        vocab_size: tokens of the vocabulary, special tokens moved into it.
+        window: tokens that a sliding window has at most.
+
+    Returns:
+        A config of the same class. Of experts there are as few as a token is given, each as wide as it is.
+    """
+    parts = names.parts_of(config)
+    old = {id(part): names.fields_of(part) for part in parts}
+    new = {id(part): _cut(part, old[id(part)], 1, least=1) for part in parts}
+    _bound_outputs(parts, old, new)
+    tokens = _token_table(old.values(), vocab_size)
+    whole_vocabulary = getattr(names.text_part(config), "vocab_size", None)
+    for part in parts:
+        fields, chosen = old[id(part)], new[id(part)]
+        counts = _counts(fields, chosen, vocab_size, whole_vocabulary)
+        chosen.update({k: v for k, v in counts.items() if names.VOCABULARY.search(k)})
+        chosen.update(_all_experts(fields))
+        if "patch_size" not in fields:
+            windows = {k: v for k, v in fields.items() if names.WINDOW.search(k) and is_int(v) and v > 0}
+            chosen.update({k: min(v, window) for k, v in windows.items()})
+        chosen.update({k: _map_ints(v, tokens) for k, v in fields.items() if names.is_token(k)})
+        for entry in chosen.get("per_layer_config", {}).values():
+            entry.update(_all_experts(entry))
+    return type(config).from_dict(_as_dict(config, new))
+
+
+def _all_experts(fields: dict[str, Any]) -> dict[str, Any]:
+    """As few experts as a token is given, two at most, in one group: no rounding then decides which it is given."""
+    counts = {k: v for k, v in fields.items() if is_int(v) and v > 0}
+    groups = [k for k in counts if names.EXPERT_GROUPS.search(k)]
+    given = [v for k, v in counts.items() if names.TOP_K.search(k) and k not in groups]
+    number = min([2, *given])
+    chosen: dict[str, Any] = {k: number for k in counts if names.EXPERTS.search(k) or names.TOP_K.search(k)}
+    for name, value in fields.items():
+        if isinstance(value, (list, tuple)) and names.EXPERTS.search(name):
+            chosen[name] = type(value)(number for _ in value)
+    return chosen | dict.fromkeys(groups, 1)
+
+
+def _cut(part: PretrainedConfig, fields: dict[str, Any], wanted: int, least: int = 2) -> dict[str, Any]:
     key = names.find(part, fields, "num_hidden_layers")
     counts = {k: v for k, v in fields.items() if is_layer_count(k) and is_int(v) and v > 0}
     key = key or next(iter(counts), None)
     if key is None or fields[key] < 1:
         return {k: type(v)(min(x, 1) for x in v) for k, v in fields.items() if k == "depths" and v}
     total = fields[key]
-    new = cut_layers(fields, total, keep_layers(fields, total, wanted))
+    new = cut_layers(fields, total, keep_layers(fields, total, wanted, least))
     stack = fields.get("num_layers_per_stack")
     if stack and stack != total and total % stack == 0:  # so many stacks of layers
         new[key] = total // stack * new["num_layers_per_stack"]
@@ -157,4 +201,4 @@ def _as_dict(config: PretrainedConfig, new: dict[int, dict[str, Any]]) -> dict[s
     return data
 
 
-__all__ = ["tiny_twin"]
+__all__ = ["one_block_each", "tiny_twin"]

@@ -16,6 +16,7 @@ HEAD_DIM = re.compile(r"(head_dim|d_head|dim_head|d_kv|kv_channels|headdim|head_
 GROUPS = re.compile(r"(n_groups|o_groups|^num_groups|ngroups)$")
 EXPERTS = re.compile(r"^(num_experts|n_routed_experts|num_local_experts|moe_num_experts|zero_expert_num|n_experts)$")
 TOP_K = re.compile(r"(experts_per_tok(en)?|moe_top_?k|moe_k|^top_?k(_experts)?|^n_group|num_expert_group)$")
+EXPERT_GROUPS = re.compile(r"^(n_group|num_expert_group|topk_group)s?$")
 QUERIES = re.compile(r"^(latent_query_num|num_query_tokens|num_latents|resampler_n_latents|resampler_num_latents)$")
 WINDOW = re.compile(r"(sliding_window|attention_window|window_size|local_attention|window_len|window_length)$")
 CHUNK = re.compile(r"(chunk_size|chunk_length|index_topk|_budget|index_block_size|compress_rates?|index_kpool)$")

@@ -41,8 +41,10 @@ def bound_output(layer: Any, kept: int) -> Any:
     return type(layer)(bounded)
 
 
-def keep_layers(fields: Mapping[str, Any], total: int, wanted: int) -> list[int]:
+def keep_layers(fields: Mapping[str, Any], total: int, wanted: int, least: int = 2) -> list[int]:
     """Indices of the layers to keep, in order: of each kind of layer the first ``wanted``, fewer of many kinds.
+
+    At least ``least`` of them are kept.
 
     Two layers are of one kind where every layer-wise field says the same of them. A pattern that repeats (a list of
     kinds shorter than the model, a period) is kept whole.
@@ -58,7 +60,7 @@ def keep_layers(fields: Mapping[str, Any], total: int, wanted: int) -> list[int]
         wanted = max(wanted, 4 // len(kinds))
     each = wanted if len(kinds) <= 3 else 1
     kept = sorted(i for found in kinds.values() for i in found[:each])
-    return kept if len(kept) > 1 else list(range(min(total, 2)))
+    return kept if len(kept) >= least else list(range(min(total, least)))
 
 
 def cut_layers(fields: Mapping[str, Any], total: int, kept: list[int]) -> dict[str, Any]:

@@ -142,6 +142,12 @@ LLM: dict[str, Section] = {
         target="nemo_automodel.components.quantization.fp8.Fp8Config",
         presence=Presence.OPTIONAL,
     ),
+    "certificate": Section(
+        "The proof, before the first step, that the run computes what plain transformers does. `--certificate off`, "
+        "`warn` or `strict` is short for its `mode`.",
+        target="nemo_automodel._transformers.certificate.Certificate",
+        offered=("config",),
+    ),
     "loggers": Section(
         "Metrics: JSONL and the progress display always, trackers on request.",
         target="nemo_automodel.components.training.metrics.Loggers",

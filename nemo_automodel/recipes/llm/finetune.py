@@ -79,7 +79,11 @@ def main(cfg: Config) -> int:
     guard = cfg.non_finite.instantiate(env=env)
     checkpointer = cfg.checkpoint.instantiate(env=env)
     log = cfg.loggers.instantiate(env=env, config=cfg, schedule=schedule)
+    certificate = cfg.certificate.instantiate(config=cfg)
     cfg.raise_on_unread()
+
+    # --- what is ours computes what plain transformers does, or is switched off --------------------------------
+    certificate.prove(model, loss_fn, packed=packing.packed_sequence_size > 0, distributed=dist)
 
     fingerprint = {"config": cfg.resolved(), "data": getattr(loader, "fingerprint", None)}
     state = TrainState(model, tokenizer, peft, optimizer, lr_scheduler, schedule, rng, fingerprint)
