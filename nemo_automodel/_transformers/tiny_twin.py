@@ -13,12 +13,14 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from nemo_automodel._transformers import twin_fields as names
+from nemo_automodel._transformers.twin_codes import shrink_codes
 from nemo_automodel._transformers.twin_fields import is_int
 from nemo_automodel._transformers.twin_images import shrink_images
 from nemo_automodel._transformers.twin_layers import (
     bound_output,
     cut_layers,
     is_layer_count,
+    is_layer_map,
     is_layer_output,
     keep_layers,
 )
@@ -28,6 +30,7 @@ from nemo_automodel._transformers.twin_widths import Widths
 _MOST_EXPERTS = 4
 _WINDOW = 8
 _POSITIONS = 4096
+_BASE = 32  # channels: they are normalised in 32 groups
 _GRID = (4, 6)  # of positions that are two numbers each; as long as a batch, because such models want it full
 
 
@@ -65,6 +68,7 @@ def tiny_twin(config: PretrainedConfig, *, layers: int = 2, heads: int = 4, voca
             chosen["initializer_range"] = 0.02  # else a tower's output is lost in rounding
         fit_rope(part, fields, chosen)
     shrink_images(parts, old, new)
+    shrink_codes(old, new, tokens, vocab_size)
     return type(config).from_dict(_as_dict(config, new))
 
 
@@ -136,6 +140,8 @@ def _bound_outputs(
         for name, value in old[id(part)].items():
             if kept and is_layer_output(name) and "patch_size" not in old[id(part)] and value is not None:
                 new[id(part)][name] = bound_output(value, kept)
+            elif kept and is_layer_map(name) and value:
+                new[id(part)][name] = [[bound_output(output, kept), i % 2] for i, (output, _) in enumerate(value[-2:])]
 
 
 def _counts(
@@ -151,7 +157,11 @@ def _counts(
         elif isinstance(value, (list, tuple)) and names.GRID.search(name) and len(value) == 2:
             new[name] = list(_GRID)
             new.update({k: math.prod(_GRID) for k, v in fields.items() if names.POSITIONS.search(k)})
-        if not is_int(value) or value <= 0 or name in chosen or name in new:
+        if not is_int(value) or value <= 0:
+            continue
+        if names.is_width(name) and value == _deepest(fields):
+            new[name] = _deepest({**fields, **chosen, "base_channels": min(fields["base_channels"], _BASE)})
+        if name in chosen or name in new:
             continue
         if names.VOCABULARY.search(name):
             new[name] = vocab_size if value == whole_vocabulary else min(value, vocab_size)
@@ -162,7 +172,7 @@ def _counts(
         elif names.QUERIES.search(name):
             new[name] = min(value, 4)
         elif name == "base_channels":
-            new[name] = min(value, 32)  # normalised in 32 groups
+            new[name] = min(value, _BASE)
         elif name == "topk_group":
             new[name] = 1
         elif names.CHUNK.search(name) or (names.WINDOW.search(name) and "patch_size" not in fields):
@@ -170,6 +180,12 @@ def _counts(
         elif names.POSITIONS.search(name) and not scaled:
             new[name] = min(value, _POSITIONS)
     return new
+
+
+def _deepest(fields: dict[str, Any]) -> int | None:
+    """Channels of the last level of an image tokenizer, which widens from level to level."""
+    base, multipliers = fields.get("base_channels"), fields.get("channel_multiplier")
+    return base * multipliers[-1] if is_int(base) and multipliers else None
 
 
 def _token_table(parts: Any, vocab_size: int) -> dict[int, int]:

@@ -23,7 +23,7 @@ CHUNK = re.compile(r"(chunk_size|chunk_length|index_topk|_budget|index_block_siz
 VOCABULARY = re.compile(r"vocab(_size)?(_\w+)?$|^num_embeddings$|codebook_size")
 POSITIONS = re.compile(r"^(max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|context_length)$")
 WIDTH = re.compile(
-    r"(size|sizes|dim|width|rank|channels?|channel_size|d_model|d_ff|dff|inner|ffn|embd|hidden|intermediate|d_ssm"
+    r"(size|sizes|dims?|width|rank|channels?|channel_size|d_model|d_ff|dff|inner|ffn|embd|hidden|intermediate|d_ssm"
     r"|features|input_feat_size)$|^(mlp_hidden|hidden_size|projection|intermediate|ffn)"
 )
 NOT_WIDTH = re.compile(
@@ -32,6 +32,8 @@ NOT_WIDTH = re.compile(
 )
 IMAGE_TOKEN = re.compile(r"^(image_token_id|image_token_index|video_token_id|video_token_index|audio_token_id)$")
 GRID = re.compile(r"^axial_pos_shape$")
+CODES = re.compile(r"^(num_embeddings|codebook_size)$")
+CODE_NAMES = re.compile(r"^vocabulary_map$")
 _TOKEN = re.compile(r"(token_ids?|token_index|im_\w+_id|image_patch_id|lang_id|suppress_tokens|unk_index|mask_index)$")
 
 

@@ -27,6 +27,11 @@ def is_layer_output(name: str) -> bool:
     return bool(_OUTPUT.search(name))
 
 
+def is_layer_map(name: str) -> bool:
+    """Whether a field of this name lists outputs of a tower, each with the decoder's layer that it is added to."""
+    return name.endswith("stack_layer_map")
+
+
 def bound_output(layer: Any, kept: int) -> Any:
     """A layer's output (or several), counted from the end where negative, moved within a model of ``kept`` layers.
 
@@ -143,4 +148,4 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-__all__ = ["bound_output", "cut_layers", "is_layer_count", "is_layer_output", "keep_layers"]
+__all__ = ["bound_output", "cut_layers", "is_layer_count", "is_layer_map", "is_layer_output", "keep_layers"]
