@@ -48,7 +48,7 @@ LLM: dict[str, Section] = {
     "model": Section(
         "The model: which autoclass, which checkpoint or config.",
         target=MODEL,
-        offered=("peft", "distributed", "compile", "packed", "fp8"),
+        offered=("peft", "distributed", "compile", "packed", "fp8", "quantization"),
         needed=("distributed",),
         presence=Presence.REQUIRED,
     ),
@@ -140,6 +140,11 @@ LLM: dict[str, Section] = {
     "fp8": Section(
         "Frozen weights computed with in FP8; absent = in the model's dtype.",
         target="nemo_automodel.components.quantization.fp8.Fp8Config",
+        presence=Presence.OPTIONAL,
+    ),
+    "quantization": Section(
+        "Frozen weights kept in four bits (QLoRA); absent = in the model's dtype.",
+        target="nemo_automodel.components.quantization.nf4.QuantizationConfig",
         presence=Presence.OPTIONAL,
     ),
     "loggers": Section(
