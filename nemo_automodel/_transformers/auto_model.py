@@ -1,6 +1,6 @@
 """The autoclasses: a Hugging Face model, loaded, adapted, compiled and sharded, still of its own class.
 
-Order: build -> LoRA -> tensor or expert parallelism -> FP8 -> checkpoint activations -> compile each block -> shard -> load.
+Order: build -> LoRA -> tensor or expert parallelism -> FP8 or four bits -> checkpoint activations -> compile each block -> shard -> load.
 One function, ``_assemble``, is that order. What is built has no memory yet (the meta device) where the model will be sharded,
 so that no rank ever holds all of it; where it will not be, or cannot be loaded that way, weights come first.
 """
@@ -56,6 +56,7 @@ class _NeMoAutoModel:
         compile: Any = None,
         packed: bool = False,
         fp8: Any = None,
+        quantization: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Load a checkpoint from the Hub or a local directory, and get it ready to train.
@@ -73,6 +74,7 @@ class _NeMoAutoModel:
             compile: a ``CompileConfig``, or None not to compile.
             packed: batches will be packed; refused for models whose layers would mix documents.
             fp8: an ``Fp8Config``, or None to compute in ``dtype`` alone.
+            quantization: a ``QuantizationConfig``, or None to keep frozen weights in ``dtype``.
             **kwargs: further arguments of transformers' ``from_pretrained`` and overrides of the config.
 
         Returns:
@@ -95,10 +97,14 @@ class _NeMoAutoModel:
         if fp8 is None and sharded.takes_meta(distributed):  # FP8 copies are made of weights that are there
             model, weights = sharded.plan_loading(cls._auto_class, name, config, **options)
         if model is None:
-            model = loading.load_weights(cls._auto_class, name, config, device=_device(distributed), **options)
+            model = loading.load_weights(
+                cls._auto_class, name, config, device=_device(distributed, quantization), **options
+            )
         model.__dict__["_automodel_source"] = source
         model.export_dtype = loading.own_dtype(config) or compute  # type: ignore[assignment]
-        return _assemble(model, weights, compute, attn_implementation, peft, distributed, compile, packed, fp8)
+        return _assemble(
+            model, weights, compute, attn_implementation, peft, distributed, compile, packed, fp8, quantization
+        )
 
     @classmethod
     def from_config(
@@ -115,6 +121,7 @@ class _NeMoAutoModel:
         compile: Any = None,
         packed: bool = False,
         fp8: Any = None,
+        quantization: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Build a model with fresh weights; the same on every rank and for every number of ranks.
@@ -132,6 +139,7 @@ class _NeMoAutoModel:
             compile: as in ``from_pretrained``.
             packed: as in ``from_pretrained``.
             fp8: as in ``from_pretrained``.
+            quantization: as in ``from_pretrained``.
             **kwargs: overrides of the config's fields.
 
         Raises:
@@ -150,12 +158,14 @@ class _NeMoAutoModel:
         if fp8 is None and sharded.takes_meta(distributed):
             model, weights = sharded.plan_fresh(cls._auto_class, built, **options)
         if model is None:
-            model = loading.initialize(cls._auto_class, built, device=_device(distributed), **options)
+            model = loading.initialize(cls._auto_class, built, device=_device(distributed, quantization), **options)
         model.export_dtype = compute  # type: ignore[assignment]
         model.config.name_or_path = (
             ""  # fresh weights are nobody's: an adapter must not name the config's home as its base
         )
-        return _assemble(model, weights, compute, attn_implementation, peft, distributed, compile, packed, fp8)
+        return _assemble(
+            model, weights, compute, attn_implementation, peft, distributed, compile, packed, fp8, quantization
+        )
 
 
 class NeMoAutoModelForCausalLM(_NeMoAutoModel):
@@ -180,6 +190,7 @@ def _assemble(
     compile: Any,
     packed: bool,
     fp8: Any,
+    quantization: Any,
 ) -> Any:
     model = adopt(model)
     model.__dict__["_automodel_compute_dtype"] = compute_dtype  # a certificate is for that one
@@ -205,6 +216,8 @@ def _assemble(
     blocks = find_blocks(model)
     if fp8 is not None:
         fp8.apply(model, blocks)
+    if quantization is not None and quantization.apply(model, blocks, device) and peft is not None and weights is None:
+        reset_adapters(model)  # once more: DoRA starts from the norms of the weights as they are now
     checkpoint_activations(blocks, getattr(distributed, "activation_checkpointing", "off"))
     if compile is not None:
         compile.apply(blocks, device)
@@ -255,8 +268,10 @@ def _require_range(dtype: str | torch.dtype, compute: torch.dtype, distributed: 
         )
 
 
-def _device(distributed: Any) -> torch.device:
-    return torch.device("cpu") if distributed is None else torch.device(distributed.device)
+def _device(distributed: Any, quantization: Any) -> torch.device:
+    """Where a model is loaded whole: not on the device itself where only its packed weights are to be there."""
+    whole_on_host = distributed is None or quantization is not None
+    return torch.device("cpu") if whole_on_host else torch.device(distributed.device)
 
 
 __all__ = ["NeMoAutoModelForCausalLM", "NeMoAutoModelForImageTextToText"]

@@ -48,7 +48,7 @@ LLM: dict[str, Section] = {
     "model": Section(
         "The model: which autoclass, which checkpoint or config.",
         target=MODEL,
-        offered=("peft", "distributed", "compile", "packed", "fp8"),
+        offered=("peft", "distributed", "compile", "packed", "fp8", "quantization"),
         needed=("distributed",),
         presence=Presence.REQUIRED,
     ),
@@ -147,6 +147,11 @@ LLM: dict[str, Section] = {
         "`warn` or `strict` is short for its `mode`.",
         target="nemo_automodel._transformers.certificate.Certificate",
         offered=("config",),
+    ),
+    "quantization": Section(
+        "Frozen weights kept in four bits (QLoRA); absent = in the model's dtype.",
+        target="nemo_automodel.components.quantization.nf4.QuantizationConfig",
+        presence=Presence.OPTIONAL,
     ),
     "loggers": Section(
         "Metrics: JSONL and the progress display always, trackers on request.",

@@ -67,6 +67,7 @@ def main(cfg: Config) -> int:
         compile=cfg.compile.instantiate(),
         packed=packing.packed_sequence_size > 0,
         fp8=cfg.fp8.instantiate(),  # None without the section: computed in the model's dtype
+        quantization=cfg.quantization.instantiate(),  # None without the section: frozen weights stay as they are
     )
     check_data_fits(model, tokenizer, dataset=train_data, validation_dataset=val_data)
     params = [p for p in model.parameters() if p.requires_grad]
