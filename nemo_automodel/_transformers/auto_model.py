@@ -8,6 +8,7 @@ so that no rank ever holds all of it; where it will not be, or cannot be loaded 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from nemo_automodel._transformers.cp_check import require_context_parallel
 from nemo_automodel._transformers.ep_plan import ep_plan_for
 from nemo_automodel._transformers.mixin import adopt
 from nemo_automodel._transformers.packing_trial import require_packing
+from nemo_automodel._transformers.parts import has_towers, part_finder, report_parts
 from nemo_automodel._transformers.tp_plan import tp_plan_for
 from nemo_automodel._transformers.trial import tried_on
 from nemo_automodel._transformers.window_trial import find_window
@@ -56,6 +58,7 @@ class _NeMoAutoModel:
         compile: Any = None,
         packed: bool = False,
         fp8: Any = None,
+        freeze: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Load a checkpoint from the Hub or a local directory, and get it ready to train.
@@ -73,6 +76,7 @@ class _NeMoAutoModel:
             compile: a ``CompileConfig``, or None not to compile.
             packed: batches will be packed; refused for models whose layers would mix documents.
             fp8: an ``Fp8Config``, or None to compute in ``dtype`` alone.
+            freeze: a ``Freeze``, which parts of a vision-language model are not trained, or None to train all.
             **kwargs: further arguments of transformers' ``from_pretrained`` and overrides of the config.
 
         Returns:
@@ -98,7 +102,7 @@ class _NeMoAutoModel:
             model = loading.load_weights(cls._auto_class, name, config, device=_device(distributed), **options)
         model.__dict__["_automodel_source"] = source
         model.export_dtype = loading.own_dtype(config) or compute  # type: ignore[assignment]
-        return _assemble(model, weights, compute, attn_implementation, peft, distributed, compile, packed, fp8)
+        return _assemble(model, weights, compute, attn_implementation, peft, distributed, compile, packed, fp8, freeze)
 
     @classmethod
     def from_config(
@@ -115,6 +119,7 @@ class _NeMoAutoModel:
         compile: Any = None,
         packed: bool = False,
         fp8: Any = None,
+        freeze: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Build a model with fresh weights; the same on every rank and for every number of ranks.
@@ -132,6 +137,7 @@ class _NeMoAutoModel:
             compile: as in ``from_pretrained``.
             packed: as in ``from_pretrained``.
             fp8: as in ``from_pretrained``.
+            freeze: as in ``from_pretrained``.
             **kwargs: overrides of the config's fields.
 
         Raises:
@@ -155,7 +161,7 @@ class _NeMoAutoModel:
         model.config.name_or_path = (
             ""  # fresh weights are nobody's: an adapter must not name the config's home as its base
         )
-        return _assemble(model, weights, compute, attn_implementation, peft, distributed, compile, packed, fp8)
+        return _assemble(model, weights, compute, attn_implementation, peft, distributed, compile, packed, fp8, freeze)
 
 
 class NeMoAutoModelForCausalLM(_NeMoAutoModel):
@@ -180,6 +186,7 @@ def _assemble(
     compile: Any,
     packed: bool,
     fp8: Any,
+    freeze: Any,
 ) -> Any:
     model = adopt(model)
     _choose_attention(model, attn_implementation)
@@ -191,9 +198,13 @@ def _assemble(
         if sizes is not None and sizes.cp > 1:
             require_context_parallel(whole)
     device = next(model.parameters()).device if distributed is None else torch.device(distributed.device)
+    if freeze is not None and peft is None:
+        freeze.apply(model, None if distributed is None else compute_dtype)
     if peft is not None:
-        peft.apply(model, device) if isinstance(peft, PeftConfig) else peft.apply(model)
+        peft.apply(model, device, _adaptable(model, peft)) if isinstance(peft, PeftConfig) else peft.apply(model)
         model.__dict__["_automodel_peft"] = peft  # save_pretrained describes the adapter by it
+    if has_towers(model):
+        report_parts(model)
     tp_mesh = getattr(distributed, "tp_mesh", None)  # a manager of the user's own may know no such thing
     if tp_mesh is not None and tp_mesh.size() > 1:
         along_sequence = getattr(distributed, "sequence_parallel", False)
@@ -214,6 +225,14 @@ def _assemble(
         if peft is not None:
             reset_adapters(model)
     return model
+
+
+def _adaptable(model: PreTrainedModel, peft: PeftConfig) -> Callable[[str], bool] | None:
+    """What tells the modules within ``peft.parts``; None where the model has one part only, all of it."""
+    if not has_towers(model):
+        return None
+    wanted, part_of = peft.chosen_parts, part_finder(model)
+    return lambda name: wanted == ["all"] or part_of(name) in wanted
 
 
 def _choose_attention(model: PreTrainedModel, asked: str | None) -> None:
