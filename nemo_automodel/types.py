@@ -17,12 +17,29 @@ IGNORE_INDEX = -100
 """Label of a position that is not trained on (the value torch and transformers use)."""
 
 
-class Sample(TypedDict):
-    """One tokenised training row, as a dataset returns it."""
+@dataclass(frozen=True)
+class VisionInputs:
+    """What a row gives a model beside its token ids, by the model's own names.
 
+    How each is put together with those of other rows is all that tells them apart.
+    """
+
+    tokens: dict[str, torch.Tensor]  # [S] or [S, ...]: padded along the sequence, then stacked
+    rows: dict[str, torch.Tensor]  # [...]: stacked, one a row (zeros for a row without images)
+    images: dict[str, torch.Tensor]  # [n, ...], n images, tiles or patches: one after the other, whoever's they are
+    num_images: int = 0
+
+
+class _Ids(TypedDict):
     input_ids: list[int]
     labels: list[int]
     """Same length; already shifted: ``labels[t]`` is the token to predict *at* position t, or IGNORE_INDEX."""
+
+
+class Sample(_Ids, total=False):
+    """One tokenised training row, as a dataset returns it."""
+
+    vision: VisionInputs  # of vision-language data, where the row has images or not
 
 
 @dataclass(frozen=True)
@@ -57,6 +74,7 @@ class Batch(TypedDict, total=False):
     max_length_k: int  # packed only
     cp_layout: ContextLayout  # only of a batch sharded along its sequence, whose other tensors are this rank's
     sample_ids: list[int]  # dataset rows in this micro-batch, for traces and messages
+    num_images: int  # images of the rows themselves; vision-language only, as are keys that a model names itself
 
 
 @runtime_checkable

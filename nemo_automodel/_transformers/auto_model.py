@@ -8,6 +8,7 @@ so that no rank ever holds all of it; where it will not be, or cannot be loaded 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from nemo_automodel._transformers.cp_check import require_context_parallel
 from nemo_automodel._transformers.ep_plan import ep_plan_for
 from nemo_automodel._transformers.mixin import adopt
 from nemo_automodel._transformers.packing_trial import require_packing
+from nemo_automodel._transformers.parts import has_towers, part_finder, report_parts
 from nemo_automodel._transformers.tp_plan import tp_plan_for
 from nemo_automodel._transformers.trial import tried_on
 from nemo_automodel._transformers.window_trial import find_window
@@ -57,6 +59,7 @@ class _NeMoAutoModel:
         packed: bool = False,
         fp8: Any = None,
         quantization: Any = None,
+        freeze: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Load a checkpoint from the Hub or a local directory, and get it ready to train.
@@ -75,6 +78,7 @@ class _NeMoAutoModel:
             packed: batches will be packed; refused for models whose layers would mix documents.
             fp8: an ``Fp8Config``, or None to compute in ``dtype`` alone.
             quantization: a ``QuantizationConfig``, or None to keep frozen weights in ``dtype``.
+            freeze: a ``Freeze``, which parts of a vision-language model are not trained, or None to train all.
             **kwargs: further arguments of transformers' ``from_pretrained`` and overrides of the config.
 
         Returns:
@@ -103,8 +107,10 @@ class _NeMoAutoModel:
         model.__dict__["_automodel_source"] = source
         model.export_dtype = loading.own_dtype(config) or compute  # type: ignore[assignment]
         return _assemble(
-            model, weights, compute, attn_implementation, peft, distributed, compile, packed, fp8, quantization
-        )
+            model, weights, compute, attn_implementation,
+            peft=peft, distributed=distributed, compile=compile, packed=packed,
+            fp8=fp8, quantization=quantization, freeze=freeze,
+        )  # fmt: skip
 
     @classmethod
     def from_config(
@@ -122,6 +128,7 @@ class _NeMoAutoModel:
         packed: bool = False,
         fp8: Any = None,
         quantization: Any = None,
+        freeze: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Build a model with fresh weights; the same on every rank and for every number of ranks.
@@ -140,6 +147,7 @@ class _NeMoAutoModel:
             packed: as in ``from_pretrained``.
             fp8: as in ``from_pretrained``.
             quantization: as in ``from_pretrained``.
+            freeze: as in ``from_pretrained``.
             **kwargs: overrides of the config's fields.
 
         Raises:
@@ -164,8 +172,10 @@ class _NeMoAutoModel:
             ""  # fresh weights are nobody's: an adapter must not name the config's home as its base
         )
         return _assemble(
-            model, weights, compute, attn_implementation, peft, distributed, compile, packed, fp8, quantization
-        )
+            model, weights, compute, attn_implementation,
+            peft=peft, distributed=distributed, compile=compile, packed=packed,
+            fp8=fp8, quantization=quantization, freeze=freeze,
+        )  # fmt: skip
 
 
 class NeMoAutoModelForCausalLM(_NeMoAutoModel):
@@ -185,12 +195,14 @@ def _assemble(
     weights: Any,
     compute_dtype: torch.dtype,
     attn_implementation: str | None,
+    *,
     peft: Any,
     distributed: Any,
     compile: Any,
     packed: bool,
     fp8: Any,
     quantization: Any,
+    freeze: Any,
 ) -> Any:
     model = adopt(model)
     model.__dict__["_automodel_compute_dtype"] = compute_dtype  # a certificate is for that one
@@ -203,9 +215,13 @@ def _assemble(
         if sizes is not None and sizes.cp > 1:
             require_context_parallel(whole)
     device = next(model.parameters()).device if distributed is None else torch.device(distributed.device)
+    if freeze is not None and peft is None:
+        freeze.apply(model, None if distributed is None else compute_dtype)
     if peft is not None:
-        peft.apply(model, device) if isinstance(peft, PeftConfig) else peft.apply(model)
+        peft.apply(model, device, _adaptable(model, peft)) if isinstance(peft, PeftConfig) else peft.apply(model)
         model.__dict__["_automodel_peft"] = peft  # save_pretrained describes the adapter by it
+    if has_towers(model):
+        report_parts(model)
     tp_mesh = getattr(distributed, "tp_mesh", None)  # a manager of the user's own may know no such thing
     if tp_mesh is not None and tp_mesh.size() > 1:
         along_sequence = getattr(distributed, "sequence_parallel", False)
@@ -228,6 +244,14 @@ def _assemble(
         if peft is not None:
             reset_adapters(model)
     return model
+
+
+def _adaptable(model: PreTrainedModel, peft: PeftConfig) -> Callable[[str], bool] | None:
+    """What tells the modules within ``peft.parts``; None where the model has one part only, all of it."""
+    if not has_towers(model):
+        return None
+    wanted, part_of = peft.chosen_parts, part_finder(model)
+    return lambda name: wanted == ["all"] or part_of(name) in wanted
 
 
 def _choose_attention(model: PreTrainedModel, asked: str | None) -> None:

@@ -42,6 +42,7 @@ _NOT_FOR_THE_MODEL = (
     "label_indices",
     "num_label_tokens",
     "num_tokens",
+    "num_images",
     "sample_ids",
     "right_padded",
     "cp_layout",

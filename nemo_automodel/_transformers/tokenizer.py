@@ -54,13 +54,13 @@ def load_tokenizer(
     if add_tokens:
         tokenizer.add_tokens(list(add_tokens))
     if chat_template is not None:
-        tokenizer.chat_template = _template(chat_template)
+        tokenizer.chat_template = chat_template_of(chat_template, "tokenizer.chat_template")
     if eos_token is not None:
         tokenizer.eos_token = _known(tokenizer, eos_token, "eos_token")
     if pad_token is not None:
         tokenizer.pad_token = _known(tokenizer, pad_token, "pad_token")
     elif tokenizer.pad_token_id is None:
-        _choose_pad(tokenizer, str(name))
+        choose_pad(tokenizer, str(name))
     return tokenizer
 
 
@@ -120,7 +120,8 @@ def _check_files(directory: Path, what: str, name: str) -> None:
                 raise ModelError(f"{owner}: {file} is not valid JSON ({error}); download it again") from None
 
 
-def _template(text_or_path: str) -> str:
+def chat_template_of(text_or_path: str, key: str) -> str:
+    """The Jinja text that ``key`` of the recipe gives, or that stands in the file it names; ModelError for neither."""
     is_text = "{%" in text_or_path or "{{" in text_or_path
     if is_text:
         return text_or_path
@@ -128,7 +129,7 @@ def _template(text_or_path: str) -> str:
         return Path(text_or_path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(
-            f"tokenizer.chat_template={text_or_path!r}: neither Jinja text nor a readable file ({error.__class__.__name__})"
+            f"{key}={text_or_path!r}: neither Jinja text nor a readable file ({error.__class__.__name__})"
         ) from None
 
 
@@ -140,7 +141,8 @@ def _known(tokenizer: Any, token: str, key: str) -> str:
     return token
 
 
-def _choose_pad(tokenizer: Any, name: str) -> None:
+def choose_pad(tokenizer: Any, name: str) -> None:
+    """Give ``tokenizer`` a pad token of its vocabulary and say which; ModelError where there is none to take."""
     vocabulary = tokenizer.get_vocab()
     dedicated = next((token for token in _PAD_TOKENS if token in vocabulary and token != tokenizer.eos_token), None)
     token = dedicated or tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
@@ -159,4 +161,4 @@ def _choose_pad(tokenizer: Any, name: str) -> None:
     )
 
 
-__all__ = ["load_tokenizer", "template_renders_bos"]
+__all__ = ["chat_template_of", "choose_pad", "load_tokenizer", "template_renders_bos"]

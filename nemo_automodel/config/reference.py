@@ -25,6 +25,17 @@ ALTERNATIVES = {
 }
 """Other targets of ours for a section, described in full."""
 
+VISION_ALTERNATIVES = {
+    "model": ("nemo_automodel.NeMoAutoModelForImageTextToText.from_config",),
+    "dataset": (
+        "nemo_automodel.components.datasets.vlm.conversation.make_vlm_chat_dataset",
+        "nemo_automodel.components.datasets.vlm.cord_v2.make_cord_v2_dataset",
+        "nemo_automodel.components.datasets.vlm.medpix.make_medpix_dataset",
+        "nemo_automodel.components.datasets.vlm.rdr.make_rdr_dataset",
+    ),
+}
+"""Those of a vision-language recipe, where they are others."""
+
 _OPTIONS = """usage: automodel finetune {domain} -c recipe.yaml [--section.key=value ...] [options]
 
 options:
@@ -43,7 +54,7 @@ def help_text(domain: str) -> str:
     lines = [_OPTIONS.format(domain=domain)]
     for name, section in RECIPES[domain].items():
         lines.append(f"{name}:  {section.doc}")
-        for signature in _signatures(name, section):
+        for signature in _signatures(name, section, domain):
             lines.append(f"  _target_: {signature.target}")
             rows = [
                 (f"    {p.name}", _type(p), _default(name, section, signature, p))
@@ -57,35 +68,40 @@ def help_text(domain: str) -> str:
     return "\n".join(lines)
 
 
-def markdown(domain: str = "llm") -> str:
-    """The reference of one recipe's sections, as Markdown."""
+def markdown() -> str:
+    """The reference of all recipes' sections, as Markdown; of a vision-language recipe, those that are its own."""
     lines = [
         _INTRODUCTION.format(
             roots=", ".join(f"`{root}`" for root in TRUSTED_ROOTS), env=ENV_ALLOW, denied=len(DANGEROUS)
         )
     ]
-    for name, section in RECIPES[domain].items():
-        lines += [f"## `{name}`", "", section.doc, "", _presence(section), ""]
-        for signature in _signatures(name, section):
-            lines += list(_table(name, section, signature))
+    for domain, sections in RECIPES.items():
+        own = {n: s for n, s in sections.items() if domain == "llm" or s is not RECIPES["llm"].get(n)}
+        where = "" if domain == "llm" else " in `automodel finetune vlm`"
+        for name, section in own.items():
+            lines += [f"## `{name}`{where}", "", section.doc, "", _presence(section), ""]
+            for signature in _signatures(name, section, domain):
+                lines += list(_table(name, section, signature))
     return "\n".join(lines).rstrip() + "\n"
 
 
-def keys(domain: str = "llm") -> list[str]:
-    """Every ``section.key`` of the default targets: the surface that a test freezes."""
-    found = []
-    for name, section in RECIPES[domain].items():
-        signatures = [s for s in _signatures(name, section) if s.target == section.target]
-        found += [f"{name}.{parameter.name}" for s in signatures for parameter in _documented(section, s)]
-        found += [] if signatures else [f"{name}._target_"]
-    return found
+def keys() -> list[str]:
+    """Every ``section.key`` of the default targets, of any recipe: the surface that a test freezes."""
+    found: list[str] = []
+    for domain, sections in RECIPES.items():
+        for name, section in sections.items():
+            signatures = [s for s in _signatures(name, section, domain) if s.target == section.target]
+            found += [f"{name}.{parameter.name}" for s in signatures for parameter in _documented(section, s)]
+            found += [] if signatures else [f"{name}._target_"]
+    return list(dict.fromkeys(found))
 
 
-def _signatures(name: str, section: Section) -> Iterator[Signature]:
+def _signatures(name: str, section: Section, domain: str) -> Iterator[Signature]:
     """Of the section's default target and of our alternatives, leaving out what is not there."""
     policy = TargetPolicy()
     reader = Signatures(policy.sources)
-    for target in (*([section.target] if section.target else []), *ALTERNATIVES.get(name, ())):
+    alternatives = ALTERNATIVES if domain == "llm" else ALTERNATIVES | VISION_ALTERNATIVES
+    for target in (*([section.target] if section.target else []), *alternatives.get(name, ())):
         try:
             yield reader.of(target, policy.find(target))
         except ConfigError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -48,7 +48,7 @@ LLM: dict[str, Section] = {
     "model": Section(
         "The model: which autoclass, which checkpoint or config.",
         target=MODEL,
-        offered=("peft", "distributed", "compile", "packed", "fp8", "quantization"),
+        offered=("peft", "distributed", "compile", "packed", "fp8", "quantization", "freeze"),
         needed=("distributed",),
         presence=Presence.REQUIRED,
     ),
@@ -160,7 +160,33 @@ LLM: dict[str, Section] = {
     ),
 }
 
-RECIPES: dict[str, dict[str, Section]] = {"llm": LLM}
+_VLM_DATASET = "such as nemo_automodel.components.datasets.vlm.conversation.make_vlm_chat_dataset"
+
+VLM: dict[str, Section] = {
+    **{name: section for name, section in LLM.items() if name != "tokenizer"},
+    "model": replace(LLM["model"], target="nemo_automodel.NeMoAutoModelForImageTextToText.from_pretrained"),
+    "processor": Section(
+        "The processor: tokenizer, chat template and image processor; by default the model's own.",
+        target="nemo_automodel._transformers.processor.load_processor",
+        offered=("model_name",),
+    ),
+    "freeze": Section(
+        "Which parts of the model are not trained; LoRA (`peft`) freezes all of them.",
+        target="nemo_automodel._transformers.parts.Freeze",
+    ),
+    "dataset": Section(
+        f"The training data: conversations with images, {_VLM_DATASET}.",
+        offered=("processor", "tokenizer"),
+        presence=Presence.REQUIRED,
+    ),
+    "validation_dataset": Section(
+        "The validation data, built as `dataset` is; absent = no validation.",
+        offered=("processor", "tokenizer"),
+        presence=Presence.OPTIONAL,
+    ),
+}
+
+RECIPES: dict[str, dict[str, Section]] = {"llm": LLM, "vlm": VLM}
 
 
 def default_arguments(

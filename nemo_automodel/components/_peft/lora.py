@@ -28,6 +28,8 @@ from nemo_automodel.kernels.lora import is_faster_for, runs_on, unsupported_reas
 
 logger = logging.getLogger(__name__)
 
+_PARTS = ("language_model", "vision_tower", "projector", "all")
+
 
 @dataclass
 class PeftConfig:
@@ -39,6 +41,8 @@ class PeftConfig:
             ``all-linear`` is the same as ``match_all_linear``. Each must match something.
         exclude_modules: Layers to leave out, in the same notation.
         match_all_linear: Every linear layer but the output head.
+        parts: Of a vision-language model, the parts whose layers are adapted: ``language_model`` (default),
+            ``vision_tower``, ``projector``, a list of them, or ``all``.
         dim: Rank r of the adapters.
         alpha: The low-rank product is scaled by alpha / dim.
         dropout: Probability of dropout in the adapter's branch while training.
@@ -54,6 +58,7 @@ class PeftConfig:
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     match_all_linear: bool = False
+    parts: list[str] | str | None = None
     dim: int = 8
     alpha: int = 32
     dropout: float = 0.0
@@ -75,6 +80,8 @@ class PeftConfig:
             raise ConfigError(
                 "peft: no layer is named; set match_all_linear: true, or target_modules: [q_proj, v_proj]"
             )
+        if unknown := [part for part in self.chosen_parts if part not in _PARTS]:
+            raise ConfigError(f"peft.parts={unknown[0]!r}: must be one of {', '.join(_PARTS)}, or a list of them")
         if self.dim < 1:
             raise ConfigError(f"peft.dim={self.dim}: the rank must be at least 1; 8 to 64 are usual")
         if self.alpha <= 0:
@@ -90,11 +97,20 @@ class PeftConfig:
         """What the low-rank product is multiplied by."""
         return self.alpha / self.dim
 
-    def apply(self, model: nn.Module, device: torch.device | None = None) -> list[str]:
+    @property
+    def chosen_parts(self) -> list[str]:
+        """The parts of a vision-language model whose layers are adapted; ``all`` alone for every part."""
+        chosen = _as_list(self.parts) or ["language_model"]
+        return ["all"] if "all" in chosen else chosen
+
+    def apply(
+        self, model: nn.Module, device: torch.device | None = None, within: Callable[[str], bool] | None = None
+    ) -> list[str]:
         """Freeze ``model`` and adapt its matching linear layers in place; returns their names.
 
         With an initialised process group every rank must call it, so that all draw the same initial values. ``device``
-        is where the model will run, for one on the meta device; default where it is.
+        is where the model will run, for one on the meta device; default where it is. ``within`` tells by a module's
+        name whether it is in ``parts``; default all are.
 
         Raises:
             ModelError: a pattern that matches nothing, a named layer that cannot be adapted, nothing to adapt, or a
@@ -103,7 +119,7 @@ class PeftConfig:
         if any(True for _ in lora_layers(model)):
             raise ModelError("peft: the model carries LoRA adapters already; merge them, or load the base model")
         selection = select_modules(
-            model, _as_list(self.target_modules), _as_list(self.exclude_modules), self.match_all_linear
+            model, _as_list(self.target_modules), _as_list(self.exclude_modules), self.match_all_linear, within
         )
         model.requires_grad_(False)
         use_triton = self._choose_kernel(device or next(model.parameters()).device, selection.targets.values())

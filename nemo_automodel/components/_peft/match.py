@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
@@ -39,7 +39,13 @@ def name_matches(pattern: str, name: str) -> bool:
     return name == pattern or name.endswith(f".{pattern}")
 
 
-def select_modules(model: nn.Module, patterns: list[str], exclude: list[str], match_all_linear: bool) -> Selection:
+def select_modules(
+    model: nn.Module,
+    patterns: list[str],
+    exclude: list[str],
+    match_all_linear: bool,
+    within: Callable[[str], bool] | None = None,
+) -> Selection:
     """Resolve ``patterns`` (or every linear layer but the output head) minus ``exclude`` over ``model``.
 
     Raises:
@@ -47,6 +53,10 @@ def select_modules(model: nn.Module, patterns: list[str], exclude: list[str], ma
             result. The message lists the names there are.
     """
     linears, skipped = _linear_modules(model)
+    if within is not None:
+        _require_within(patterns, linears, within)
+        linears = {name: module for name, module in linears.items() if within(name)}
+        skipped = {name: reason for name, reason in skipped.items() if within(name)}
     _require_each_matches(model, exclude, "peft.exclude_modules", linears)
     if match_all_linear:
         candidates = set(linears) - _output_heads(model, linears)
@@ -72,7 +82,8 @@ def select_modules(model: nn.Module, patterns: list[str], exclude: list[str], ma
             f"peft.exclude_modules. Linear layers of this model: {_suffixes(linears)}"
         )
     if match_all_linear:
-        skipped.update(_fused_experts(model))
+        fused = _fused_experts(model)
+        skipped.update({name: reason for name, reason in fused.items() if within is None or within(name)})
     return Selection(targets, {n: r for n, r in skipped.items() if not any(name_matches(p, n) for p in exclude)})
 
 
@@ -209,6 +220,16 @@ def _require_each_matches(model: nn.Module, patterns: list[str], key: str, linea
             f"{key}: {pattern!r} matches no module{_did_you_mean(pattern, linears)} "
             f"Linear layers of this model: {_suffixes(linears)}"
         )
+
+
+def _require_within(patterns: list[str], linears: dict[str, nn.Module], within: Callable[[str], bool]) -> None:
+    for pattern in patterns:
+        names = [name for name in linears if name_matches(pattern, name)]
+        if names and not any(within(name) for name in names):
+            raise ModelError(
+                f"peft.target_modules: {pattern!r} matches {names[0]}, which is in a part that is not adapted; "
+                "add its part to peft.parts (language_model, vision_tower, projector, or all)"
+            )
 
 
 def _refuse(reasons: dict[str, str]) -> None:

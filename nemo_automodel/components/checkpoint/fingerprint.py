@@ -10,7 +10,7 @@ import torch
 import transformers
 
 _MUST_MATCH = (
-    "model", "tokenizer", "peft", "dataset", "packed_sequence", "optimizer", "lr_scheduler", "rng.seed",
+    "model", "tokenizer", "processor", "freeze", "peft", "dataset", "packed_sequence", "optimizer", "lr_scheduler", "rng.seed",
     "dataloader._target_", "dataloader.shuffle", "dataloader.drop_last",
     "step_scheduler.global_batch_size", "step_scheduler.num_epochs", "step_scheduler.max_steps",
 )  # fmt: skip

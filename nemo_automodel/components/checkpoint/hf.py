@@ -221,15 +221,24 @@ def generation_config(live: Any, tokenizer: Any | None) -> Any:
 
 def end_of_turn_id(tokenizer: Any | None) -> int | None:
     """The first special token that the chat template puts after an assistant's answer; None without a template."""
+    template = getattr(tokenizer, "chat_template", None)  # of a processor: its own
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+    template = (template.get("default") if isinstance(template, dict) else template) or getattr(
+        tokenizer, "chat_template", None
+    )
+    if tokenizer is None or not template:
         return None
-    answer = "Fine"
-    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": answer}]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception:  # any Jinja error: a template for other roles than these
-        return None
+    answer, text = "Fine", ""
+    for content in (lambda words: words, lambda words: [{"type": "text", "text": words}]):  # templates take either
+        messages = [
+            {"role": "user", "content": content("Hello")},
+            {"role": "assistant", "content": content(answer)},
+        ]
+        try:
+            text = text or tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template)
+        except Exception:  # any Jinja error: a template for other roles than these
+            continue
+        text = text if answer in text else ""
     tail = text.rpartition(answer)[2]
     special = set(tokenizer.all_special_ids) | {
         i for i, token in tokenizer.added_tokens_decoder.items() if token.special

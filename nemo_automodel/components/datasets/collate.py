@@ -6,12 +6,13 @@ EOS keeps every EOS it was given.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from nemo_automodel.types import IGNORE_INDEX, Batch
+from nemo_automodel.types import IGNORE_INDEX, Batch, VisionInputs
 
 Row = tuple[np.ndarray, np.ndarray]  # input_ids [S], labels [S]; both int64
 
@@ -77,6 +78,47 @@ def collate_packed(packs: Sequence[Sequence[Row]], sample_ids: list[int], size: 
     batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = bounds
     batch["max_length_q"] = batch["max_length_k"] = max(lengths)
     return batch
+
+
+def collate_vision(rows: Sequence[VisionInputs], width: int, num_images: int) -> dict[str, Any]:
+    """What rows give a model beside ids, put together by kind; nothing here knows a model.
+
+    Args:
+        rows: B rows' inputs, those of filler rows included.
+        width: S of the batch; inputs of each token are padded with zeros to it.
+        num_images: images of the rows that are not filler.
+    """
+    batch: dict[str, Any] = {"num_images": num_images}
+    for key in _keys(row.tokens for row in rows):
+        like = next(row.tokens[key] for row in rows if key in row.tokens)
+        empty = like.new_zeros(0, *like.shape[1:])
+        batch[key] = torch.stack([_padded(row.tokens.get(key, empty), (width, *like.shape[1:])) for row in rows])
+    for key in _keys(row.rows for row in rows):
+        shape = _largest([row.rows[key].shape for row in rows if key in row.rows])
+        like = next(row.rows[key] for row in rows if key in row.rows)
+        batch[key] = torch.stack([_padded(row.rows.get(key, like.new_zeros([0] * like.ndim)), shape) for row in rows])
+    for key in _keys(row.images for row in rows):
+        parts = [row.images[key] for row in rows if key in row.images]
+        shape = _largest([part.shape[1:] for part in parts])
+        batch[key] = torch.cat([_padded(part, (len(part), *shape)) for part in parts])
+    return batch
+
+
+def _keys(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for mapping in mappings for key in mapping))
+
+
+def _largest(shapes: Sequence[torch.Size]) -> tuple[int, ...]:
+    return tuple(max(sizes) for sizes in zip(*shapes, strict=True))
+
+
+def _padded(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """``tensor`` with zeros behind it in every dimension, up to ``shape``."""
+    if tuple(tensor.shape) == tuple(shape):
+        return tensor
+    whole = tensor.new_zeros(shape)
+    whole[tuple(slice(size) for size in tensor.shape)] = tensor
+    return whole
 
 
 def _batch(input_ids: np.ndarray, labels: np.ndarray, sample_ids: list[int], num_tokens: int) -> Batch:

@@ -12,18 +12,18 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
 import torch
 from torch.utils.data import DataLoader as TorchDataLoader
 
-from nemo_automodel.components.datasets.collate import Row, collate_packed, collate_padded
+from nemo_automodel.components.datasets.collate import Row, collate_packed, collate_padded, collate_vision
 from nemo_automodel.components.datasets.packing import PackedSequence, pack, without_overlong
 from nemo_automodel.components.datasets.workers import outlive_signals
 from nemo_automodel.errors import AutoModelError, DataError
-from nemo_automodel.types import IGNORE_INDEX, Batch
+from nemo_automodel.types import IGNORE_INDEX, Batch, Sample, VisionInputs
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,12 @@ class DataLoader:
             )
         if len(dataset) == 0:
             raise DataError("the dataset has no rows")
+        if packing is not None and packing.packed_sequence_size and hasattr(dataset, "filler"):
+            raise DataError(
+                f"packed_sequence.packed_sequence_size={packing.packed_sequence_size}: rows with images are not packed, "
+                "because vision-language models place and mask the tokens of an image by the whole row; leave it out, or "
+                "write 0"
+            )
         self.dataset, self.packing, self.seed = dataset, packing, seed
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.global_batch_size, self.local_batch_size = global_batch_size, local_batch_size
@@ -201,6 +207,9 @@ class DataLoader:
             logger.info("drop_last: %d of %d %s of an epoch do not fill a step and are left out", left, items, what)
 
 
+_NO_IMAGES = VisionInputs({}, {}, {})
+
+
 class _MicroBatches:
     """Maps the rows of a micro-batch to its tensors; what the workers run."""
 
@@ -216,15 +225,39 @@ class _MicroBatches:
                 packs = [[self.row(i) for i in documents] if documents != FILLER else [] for documents in items]
                 return collate_packed(packs, ids, self.size, self.pad_id)
             ids = [index for index in items if index != FILLER]
-            return collate_padded([self.row(index) for index in items], ids, self.pad_id, self.multiple)
+            samples = [self.dataset[index] for index in ids]
+            rows = [self._checked(index, sample) for index, sample in zip(ids, samples, strict=True)]
+            if any("vision" in sample for sample in samples) or hasattr(self.dataset, "filler"):
+                return self._with_images(rows, samples, ids, len(items) - len(ids))
+            rows += [self.row(FILLER)] * (len(items) - len(ids))
+            return collate_padded(rows, ids, self.pad_id, self.multiple)
         except AutoModelError as error:
             return error
+
+    def _with_images(self, rows: list[Row], samples: list[Sample], ids: list[int], fillers: int) -> Batch:
+        """A padded micro-batch with images; one without any gets a masked row that has one.
+
+        A sharded vision tower gathers its weights on all ranks together, so none may leave it out.
+        """
+        vision = [sample.get("vision", _NO_IMAGES) for sample in samples]
+        num_images = sum(inputs.num_images for inputs in vision)
+        filler = None if num_images else getattr(self.dataset, "filler", None)
+        if filler is not None:
+            rows = [*rows, self._checked(FILLER, filler)]
+            vision.append(filler["vision"])
+            fillers = max(fillers - 1, 0)
+        rows += [self.row(FILLER)] * fillers
+        batch = collate_padded(rows, ids, self.pad_id, self.multiple)
+        extra = collate_vision([*vision, *[_NO_IMAGES] * fillers], batch["input_ids"].shape[1], num_images)
+        return cast(Batch, {**batch, **extra})
 
     def row(self, index: int) -> Row:
         """One checked row."""
         if index == FILLER:  # one visible token, so that no attention row is empty
             return np.array([self.pad_id]), np.array([IGNORE_INDEX])
-        sample = self.dataset[index]
+        return self._checked(index, self.dataset[index])
+
+    def _checked(self, index: int, sample: Any) -> Row:
         try:
             ids, labels = (np.asarray(sample[name], dtype=np.int64) for name in ("input_ids", "labels"))
         except (KeyError, TypeError, ValueError) as error:

@@ -51,7 +51,7 @@ def encode(tokenizer: Any, rows: Sequence[Rendered]) -> list[tuple[list[int], li
     front = bos_ids(tokenizer)
     encoded = []
     for row, ids, offsets in zip(rows, ids_of, offsets_of, strict=True):
-        trained = _trained(offsets, row.spans)
+        trained = trained_tokens(offsets, row.spans)
         if not row.complete:
             if front and ids[: len(front)] != front:
                 ids, trained = front + ids, [False] * len(front) + trained
@@ -127,7 +127,7 @@ def _tokens_without_offsets(tokenizer: Any, rows: Sequence[Rendered]) -> tuple[l
     return ids_of, offsets_of
 
 
-def _trained(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
+def trained_tokens(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
     """Which tokens hold at least one trained-on character (or are empty and stand among them)."""
     trained, remaining = [], sorted(spans, reverse=True)
     for start, end in offsets:

@@ -99,7 +99,7 @@ def tokenize(
     tokens = tokenizer_fingerprint(tokenizer)
     facts = [CODE_VERSION, source.identity, tokens, type(render).__qualname__, options, seq_length]
     fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
-    cache = _cache_file(fingerprint)
+    cache = cache_file(fingerprint)
     table = source.dataset.map(
         _Encode(tokenizer, render, seq_length, source.name),
         batched=True,
@@ -164,7 +164,8 @@ class _Encode:
         return out
 
 
-def _cache_file(fingerprint: str) -> str | None:
+def cache_file(fingerprint: str) -> str | None:
+    """Where rows made under ``fingerprint`` are kept; None (said) where no cache can be written."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "nemo_automodel"
     try:
         folder.mkdir(parents=True, exist_ok=True)

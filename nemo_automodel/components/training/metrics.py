@@ -31,7 +31,7 @@ class Loggers:
 
     ``metrics.jsonl`` has one JSON object per logged optimizer step: ``step`` (from 1), ``epoch`` (from 0), ``loss``
     (mean per label token), ``loss_hex`` (the same float64, exactly), ``grad_norm`` (before clipping), ``lr``,
-    ``num_tokens`` and ``num_label_tokens`` (over all ranks), ``tokens_per_s`` (likewise), ``step_time_s``, ``mem_gib``
+    ``num_tokens`` and ``num_label_tokens`` (over all ranks; with images ``num_images`` too), ``tokens_per_s`` (likewise), ``step_time_s``, ``mem_gib``
     (peak: of the GPU, or of the process on a CPU) and ``time`` (Unix seconds). Each validation is a line of
     ``validation.jsonl``: ``step``, ``epoch``, ``val_loss``, ``time``. A resumed run first drops what an aborted one
     wrote after the restored step; a fresh run in the same place moves older files aside.
@@ -103,6 +103,7 @@ class Loggers:
         lr: float,
         num_tokens: torch.Tensor | int,
         num_label_tokens: torch.Tensor | int,
+        num_images: torch.Tensor | int | None = None,
     ) -> None:
         """Record one optimizer step; the main rank waits here for the device.
 
@@ -112,6 +113,7 @@ class Loggers:
             lr: Learning rate of this step.
             num_tokens: Tokens of this step over all ranks, padding not counted.
             num_label_tokens: Those that were trained on.
+            num_images: Images of this step over all ranks, filler not counted; None for a language model.
         """
         if not self.env.is_main:
             return
@@ -131,6 +133,7 @@ class Loggers:
             "lr": float(lr),
             "num_tokens": num_tokens,
             "num_label_tokens": num_label_tokens,
+            **({} if num_images is None else {"num_images": int(num_images)}),
             "tokens_per_s": round(num_tokens / step_time, 1) if step_time else 0.0,
             "step_time_s": round(step_time, 6),
             "mem_gib": round(peak_memory_gib(self.env.device), 3),
@@ -240,6 +243,11 @@ def count_tokens(batches: Iterable[Batch]) -> int:
         counted = int(mask.sum()) if mask is not None and "num_tokens" not in batch else batch["input_ids"].numel()
         total += batch.get("num_tokens", counted)
     return total
+
+
+def count_images(batches: Iterable[Batch]) -> int:
+    """Images of ``batches``, filler not counted."""
+    return sum(batch.get("num_images", 0) for batch in batches)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -1,0 +1,155 @@
+"""The parts of a vision-language model, found by its structure: what can be frozen, or adapted, by itself.
+
+The language model and the towers are the modules that have a sub-config of their own; the input embedding is what the
+model says it is; what is left between them is the projector, and so is a direct child of a tower that is named as one
+(a merger). A model without a tower is all language model.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from nemo_automodel._transformers import compat
+from nemo_automodel.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("vision_tower", "projector", "language_model", "embeddings")
+_PROJECTOR = re.compile(r"(merger|project|connector|aligner|adapter|resampler|abstractor)", re.IGNORECASE)
+_TOWER = re.compile(r"(vision|visual|image|audio|video|speech)", re.IGNORECASE)
+
+
+def part_finder(model: nn.Module) -> Callable[[str], str]:
+    """What tells the part (one of ``PARTS``) that a module or parameter of ``model`` belongs to, by its full name."""
+    roots = _roots(model)
+
+    def part_of(name: str) -> str:
+        found = [prefix for prefix in roots if name == prefix or name.startswith(f"{prefix}.")]
+        return roots[max(found, key=len)] if found else ("projector" if has_tower else "language_model")
+
+    has_tower = "vision_tower" in roots.values()
+    return part_of
+
+
+def has_towers(model: nn.Module) -> bool:
+    """Whether ``model`` has a part that sees or hears."""
+    return "vision_tower" in _roots(model).values()
+
+
+def parameters_by_part(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Every parameter of ``model`` with its name, by part; a tied one counts once, as what it is first."""
+    part_of = part_finder(model)
+    found: dict[str, list[tuple[str, nn.Parameter]]] = {part: [] for part in PARTS}
+    embedding = _input_embedding(model)
+    ours = {id(p) for p in embedding.parameters()} if embedding is not None else set()
+    for name, parameter in model.named_parameters():
+        found["embeddings" if id(parameter) in ours else part_of(name)].append((name, parameter))
+    return found
+
+
+@dataclass
+class Freeze:
+    """The ``freeze`` section: which parts of a vision-language model are not trained. Under LoRA all of them are frozen.
+
+    Args:
+        vision_tower: what turns pixels (or sound) into features (default true).
+        projector: what carries those over to the language model (default false).
+        language_model: the decoder and its output head (default false).
+        embeddings: the input embedding, and a head that is tied to it (default true).
+    """
+
+    vision_tower: bool = True
+    projector: bool = False
+    language_model: bool = False
+    embeddings: bool = True
+
+    def apply(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
+        """Freeze the chosen parts of ``model`` in place, kept in ``dtype`` where it insists on no other.
+
+        Raises:
+            ModelError: nothing is left to train.
+        """
+        kept = compat.kept_dtype(model, dtype) if dtype is not None else None
+        for part, parameters in parameters_by_part(model).items():
+            if not getattr(self, part):
+                continue
+            for name, parameter in parameters:
+                parameter.requires_grad_(False)
+                if kept is not None and parameter.is_floating_point():
+                    parameter.data = parameter.data.to(kept(name) or dtype)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            frozen = ", ".join(f"{f.name}: true" for f in fields(self) if getattr(self, f.name))
+            raise ModelError(f"freeze: nothing is left to train ({frozen}); write false for one of them")
+
+
+def report_parts(model: nn.Module) -> None:
+    """Log for each part how many of its parameters are trained."""
+    counts = []
+    for part, parameters in parameters_by_part(model).items():
+        total = sum(parameter.numel() for _, parameter in parameters)
+        trained = sum(parameter.numel() for _, parameter in parameters if parameter.requires_grad)
+        state = "frozen" if not trained else "trained" if trained == total else f"{trained:,} trained"
+        counts += [f"{part} {total:,} ({state})"] if total else []
+    logger.info("parameters: %s", ", ".join(counts))
+
+
+def _roots(model: nn.Module) -> dict[str, str]:
+    """Module name -> part, for the outermost module of each part (and those of other parts within)."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if isinstance(config, PretrainedConfig) else None
+    kinds = _sub_configs(config, text)
+    roots: dict[str, str] = {}
+    for name, module in model.named_modules():
+        own = getattr(module, "config", None)
+        if not name or any(name.startswith(f"{root}.") for root in roots) or not isinstance(module, PreTrainedModel):
+            continue
+        if type(own) in kinds and not _holds(module, model):
+            roots[name] = "vision_tower"
+        elif text is not None and text is not config and type(own) is type(text):
+            roots[name] = "language_model"
+    if "vision_tower" not in roots.values() and kinds:
+        base = getattr(model, getattr(model, "base_model_prefix", ""), model)
+        prefix = "" if base is model else f"{model.base_model_prefix}."
+        for name, child in base.named_children():
+            if _TOWER.search(name) and not _PROJECTOR.search(name) and next(child.parameters(), None) is not None:
+                roots[prefix + name] = "vision_tower"
+    for tower in [name for name, part in roots.items() if part == "vision_tower"]:
+        for name, _ in model.get_submodule(tower).named_children():
+            if _PROJECTOR.search(name):
+                roots[f"{tower}.{name}"] = "projector"
+    names = {module: name for name, module in model.named_modules()}
+    for getter, part in (("get_output_embeddings", "language_model"), ("get_input_embeddings", "embeddings")):
+        module = getattr(model, getter, lambda: None)()
+        if isinstance(module, nn.Module) and module in names:
+            roots[names[module]] = part
+    return roots
+
+
+def _sub_configs(config: Any, text: Any) -> set[type]:
+    """The classes of the configs within ``config`` other than the text model's."""
+    if not isinstance(config, PretrainedConfig):
+        return set()
+    inner = [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
+    return {type(value) for value in inner if value is not text} - {type(text), type(config)}
+
+
+def _holds(module: nn.Module, model: nn.Module) -> bool:
+    """Whether the model's input embedding is inside ``module``."""
+    embedding = _input_embedding(model)
+    return embedding is not None and any(child is embedding for child in module.modules())
+
+
+def _input_embedding(model: nn.Module) -> nn.Module | None:
+    found = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
+    return found if isinstance(found, nn.Module) else None
+
+
+__all__ = ["PARTS", "Freeze", "has_towers", "parameters_by_part", "part_finder", "report_parts"]

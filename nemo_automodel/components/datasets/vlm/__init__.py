@@ -1,0 +1,1 @@
+"""Images and text: conversations with images, and the datasets that are made of them."""

@@ -1,0 +1,150 @@
+"""A row -> its conversation as parts of text and images, and the images in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemo_automodel.components.datasets.chat_template import Message
+from nemo_automodel.components.datasets.llm.chat import to_messages
+from nemo_automodel.errors import DataError
+
+PLACEHOLDER = "<image>"
+"""Stands for the next image of the row's images column, in a text."""
+_SOURCES = ("image", "path", "url", "image_url", "bytes", "base64")
+
+
+@dataclass
+class Conversation:
+    """Messages whose content is a list of ``{type: text, text}`` and ``{type: image}``, and the images they show."""
+
+    messages: list[Message]
+    images: list[Any] = field(default_factory=list)
+
+
+def conversation_of(
+    row: dict[str, Any], where: str, messages_column: str = "messages", images_column: str | None = None
+) -> Conversation:
+    """The conversation that ``row`` holds, in any of the forms in which they are passed around.
+
+    Args:
+        row: its messages as ``to_messages`` reads them. An image is a part of a message (``{type: image, image: ...}``,
+            also under ``path``, ``url`` or ``image_url``), or comes from the images column, in order: for each part
+            without a source of its own, each ``<image>`` in a text; where there are neither, before the first user's text.
+        where: where the row stands, for messages.
+        messages_column: column of the conversation.
+        images_column: column of the images, a list or a single one; None: ``images`` or ``image``, if there.
+
+    Raises:
+        DataError: no conversation, a part of another kind, or images and their places that do not match.
+    """
+    column = _column_of_images(row, images_column, where)
+    waiting = _as_list(row.get(column)) if column is not None else []
+    found = Conversation([])
+    has_column, placed = column is not None, 0
+    for message in to_messages({k: v for k, v in row.items() if k != column}, where, messages_column):
+        parts: list[dict[str, Any]] = []
+        for part in _parts(message["content"], has_column, where):
+            if part["type"] == "image":
+                source = _source_of(part)
+                if source is None:
+                    placed += 1
+                    source = waiting[placed - 1] if placed <= len(waiting) else None
+                found.images.append(source)
+                part = {"type": "image"}
+            parts.append(part)
+        found.messages.append({**message, "content": parts})
+    if waiting and not placed:
+        _put_first(found, waiting)
+    elif placed != len(waiting):
+        raise DataError(
+            f"{where}: {placed} places for images ({PLACEHOLDER} or parts of type image without a source), but "
+            f"{len(waiting)} in {'column ' + repr(column) if column else 'the row (it has no images column)'}; give each place one image"
+        )
+    return found
+
+
+def about_an_image(row: dict[str, Any], column: str, question: str, answer: str, where: str) -> Conversation:
+    """One question about the image in ``column``, and its answer; DataError where there is no such column."""
+    if row.get(column) is None:
+        raise DataError(
+            f"{where}: no column {column!r} with an image; there is {', '.join(map(repr, row)) or 'nothing'}"
+        )
+    asked = [{"type": "image"}, {"type": "text", "text": question}]
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    return Conversation(turns, [row[column]])
+
+
+def text_only(messages: list[Message], token: str | None) -> list[Message]:
+    """Messages whose content is plain text, images as ``token``: for templates that know no parts."""
+    return [{**m, "content": "".join(p["text"] if p["type"] == "text" else token or "" for p in m["content"])} for m in messages]  # fmt: skip
+
+
+def _column_of_images(row: dict[str, Any], asked: str | None, where: str) -> str | None:
+    if asked is not None:
+        if asked not in row:
+            raise DataError(
+                f"{where}: no column {asked!r} (dataset.images_column); there is {', '.join(map(repr, row))}"
+            )
+        return asked
+    return next((name for name in ("images", "image") if name in row), None)
+
+
+def _parts(content: Any, splits: bool, where: str) -> list[dict[str, Any]]:
+    if isinstance(content, str):
+        return _of_text(content, splits)
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        if isinstance(part, str):
+            part = {"type": "text", "text": part}
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            parts += _of_text(part["text"], splits)
+        elif kind in ("image", "image_url"):
+            parts.append({**part, "type": "image"})
+        else:
+            raise DataError(
+                f"{where}: a part of a message must be {{type: text, text: ...}} or {{type: image, ...}}, got {str(part)[:80]}"
+            )
+    return parts
+
+
+def _of_text(text: str, splits: bool) -> list[dict[str, Any]]:
+    """``text`` with an image part for each placeholder (LLaVA's line break beside one goes with it)."""
+    if not splits or PLACEHOLDER not in text:
+        return [{"type": "text", "text": text}]
+    pieces = text.split(PLACEHOLDER)
+    parts: list[dict[str, Any]] = []
+    for number, piece in enumerate(pieces):
+        parts += [{"type": "image"}] if number else []
+        piece = piece.removeprefix("\n") if number else piece
+        piece = piece.removesuffix("\n") if number < len(pieces) - 1 else piece
+        parts += [{"type": "text", "text": piece}] if piece else []
+    return parts
+
+
+def _source_of(part: dict[str, Any]) -> Any:
+    for key in _SOURCES:
+        value = part.get(key)
+        if isinstance(value, dict) and "url" in value:
+            value = value["url"]
+        if value is not None:
+            return {"bytes": value} if key == "bytes" else value
+    return None
+
+
+def _put_first(found: Conversation, images: list[Any]) -> None:
+    for message in found.messages:
+        if message["role"] == "user":
+            message["content"] = [{"type": "image"} for _ in images] + message["content"]
+            found.images = [*images, *found.images]
+            return
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+Read = Callable[[dict[str, Any], str], Conversation]
+"""(row, where it stands) -> its conversation; a dataclass, whose fields are the options that enter the cache key."""
