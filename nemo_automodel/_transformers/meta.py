@@ -27,9 +27,9 @@ def build(
         model: PreTrainedModel = auto_class.from_config(config, **arguments)
     kept = compat.kept_dtype(model, dtype)
     for name, parameter in model.named_parameters():
-        wanted = kept(name)
-        if wanted is not None and wanted != parameter.dtype:
-            _replace(parameter, torch.empty_like(parameter, dtype=wanted))
+        wanted = kept(name) or parameter.dtype
+        if wanted != parameter.dtype or not parameter.is_meta:  # some constructors do not ask where they are to build
+            _replace(parameter, torch.empty_like(parameter, dtype=wanted, device="meta"))
     return model
 
 

@@ -60,5 +60,5 @@ def _differences(saved: Any, live: Any, path: str = "") -> Iterator[tuple[str, A
             yield from _differences(
                 saved.get(key, _ABSENT), live.get(key, _ABSENT), f"{path}.{key}" if path else str(key)
             )
-    elif saved != live:
+    elif saved != live and not (_ABSENT in (saved, live) and None in (saved, live)):  # a later version knows more keys
         yield path, saved, live
