@@ -213,15 +213,14 @@ def _prove_real(
     """Stage two; returns the buffers of ``live`` that are wrong, with the right values."""
     wanted, window, most = _CUDA if device.type == "cuda" else _CPU
     whole = getattr(names.text_part(config), "vocab_size", most)
-    cut = one_block_each(config, vocab_size=whole if whole <= most else most + whole % 64, window=window)
-    without_chance(cut)
-    _require_room(cls, cut, device)
+    model = _real_blocks(cls, config, whole if whole <= most else most + whole % 64, window, device)
+    wrong = _wrong_buffers(live, cached.free_buffers(model))
+    cut, made = model.config, [model]
+    del model
     lengths = _within_positions(cut, wanted)
-    wrong: dict[str, Tensor] = {}
 
     def trial(seed: int) -> Trial:
-        model = build(cls, cut, device)
-        wrong.update(_wrong_buffers(live, cached.free_buffers(model)))
+        model = made.pop() if made else build(cls, cut, device)
         torch.manual_seed(seed)
         sharpen(model)
         return Trial(model, stack, lengths, dtype, seed)
@@ -241,9 +240,25 @@ def _wrong_buffers(live: dict[str, Tensor], right: dict[str, Tensor]) -> dict[st
     return found
 
 
-def _require_room(cls: Any, config: PretrainedConfig, device: torch.device) -> None:
-    with torch.device("meta"):
-        numbers = sum(p.numel() for p in cls._from_config(config).parameters())
+def _real_blocks(cls: Any, config: PretrainedConfig, vocab_size: int, window: int, device: torch.device) -> Any:
+    """One block of each kind with fresh weights; two, where a model divides by the number of its layers less one."""
+    for least in (1, 2):
+        cut = one_block_each(config, vocab_size=vocab_size, window=window, least=least)
+        without_chance(cut)
+        try:
+            with torch.device("meta"):
+                numbers = sum(p.numel() for p in cls._from_config(cut).parameters())
+            _require_room(numbers, device)
+            return build(cls, cut, device)
+        except (ModelError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # any model's own code
+            if least == 2:
+                raise
+    raise AssertionError
+
+
+def _require_room(numbers: int, device: torch.device) -> None:
     if device.type == "cuda":
         if numbers * _BYTES > torch.cuda.mem_get_info(device)[0]:
             raise ModelError(f"its blocks ({numbers / 1e9:.1f}e9 numbers) do not fit beside the model")
@@ -274,16 +289,19 @@ def _attempt(stage: str, verdict: Verdict, action: Any) -> None:
 
 @contextmanager
 def _undisturbed(device: torch.device) -> Iterator[None]:
-    """What happens inside leaves random numbers, gradients, memory and the log as they were."""
+    """What happens inside leaves random numbers, memory and the log as they were, and sums float32 in float32."""
     loggers = [logging.getLogger(name) for name in ("nemo_automodel", "transformers")]
     levels = [log.level for log in loggers]
     devices = [device] if device.type == "cuda" else []
+    precision = torch.get_float32_matmul_precision()
     try:
+        torch.set_float32_matmul_precision("highest")
         with torch.random.fork_rng(devices=devices), torch.enable_grad():
             for log in loggers:
                 log.setLevel(logging.ERROR)
             yield
     finally:
+        torch.set_float32_matmul_precision(precision)
         for log, level in zip(loggers, levels, strict=True):
             log.setLevel(level)
         if device.type == "cuda":

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn import functional as F
 
 from nemo_automodel._transformers import compat
 from nemo_automodel._transformers.blocks import find_blocks
@@ -42,6 +43,8 @@ FP8_ERROR = 0.25
 """Of all gradients together: what rounding activations and weights to three bits may do."""
 _SAME, _SAME_LOSS = 2e-3, 1e-3
 """What a document's gradient and loss may move by in 16 bit, at the least, when another document changes."""
+
+_MULTIPLE = 8
 
 
 @dataclass
@@ -237,13 +240,19 @@ class Trial:
             yield f"{name}.weight", merged.t() if transposed else merged
 
     def _padded(self) -> dict[str, Any]:
-        """The documents as rows, padded on the right; labels as transformers has them."""
-        pad = torch.nn.utils.rnn.pad_sequence
-        ids = pad(self.documents, batch_first=True)
-        mask = pad([torch.ones_like(x) for x in self.documents], batch_first=True)
-        labels = pad(self.documents, batch_first=True, padding_value=IGNORE_INDEX)
+        """The documents as rows, padded on the right; labels as transformers has them.
+
+        They are as wide as rows of a run, because layers that choose keys may choose among equal ones by their number.
+        """
+        width = -(-max(len(ids) for ids in self.documents) // _MULTIPLE) * _MULTIPLE
+        ids, mask, labels = [], [], []
+        for tokens in self.documents:
+            gap = (0, width - len(tokens))
+            ids.append(F.pad(tokens, gap))
+            mask.append(F.pad(torch.ones_like(tokens), gap))
+            labels.append(F.pad(tokens, gap, value=IGNORE_INDEX))
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        return {key: value.to(self.device) for key, value in batch.items()}
+        return {key: torch.stack(rows).to(self.device) for key, rows in batch.items()}
 
     # --- ours ---------------------------------------------------------------------------------------------------
 
