@@ -174,7 +174,8 @@ class Trial:
     # --- the reference ------------------------------------------------------------------------------------------
 
     def _draw(self, lengths: Sequence[int]) -> list[Tensor]:
-        rows = self.model.get_input_embeddings().weight.shape[0]
+        tables = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        rows = min(table.weight.shape[0] for table in tables if getattr(table, "weight", None) is not None)
         first = min(8, rows // 4)
         return [torch.randint(first, max(rows // 2, first + 2), (n,), generator=self.generator) for n in lengths]
 

@@ -118,7 +118,7 @@ def _linear_modules(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, s
 def _weight_is_used_outside(model: nn.Module, name: str) -> bool:
     """Whether the code of the module around a layer takes the layer's weight itself (state space layers do)."""
     owner, _, last = name.rpartition(".")
-    use = re.compile(rf"self\.{re.escape(last)}\.weight\s*[,)@]")
+    use = re.compile(rf"self\.{re.escape(last)}\.weight(\s*[,)@]|\.data\b)")
     lines = _source_of(type(model.get_submodule(owner))).splitlines()  # type: ignore[arg-type]
     return any(use.search(line) and "init" not in line for line in lines)
 

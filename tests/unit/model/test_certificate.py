@@ -45,7 +45,7 @@ WIDE = {
     "intermediate_size": 128,
 }
 ARCHITECTURES = (
-    "llama", "qwen3", "gemma2", "gemma3_text", "qwen3_moe", "gpt_oss", "gpt2", "falcon_h1", "mamba", "deepseek_v3",
+    "llama", "qwen3", "gemma2", "gemma3_text", "qwen3_moe", "gpt_oss", "gpt2", "falcon_h1", "mamba", "deepseek_v3", "deepseek_v32", "inkling_text",
 )  # fmt: skip
 right_attention = function.attention
 right_packed = function.packed_attention
@@ -98,7 +98,7 @@ def test_what_is_right_is_left_alone(model_type: str, kind: str, tmp_path: Path)
     options: dict[str, Any] = {"dtype": kind.split()[0]}
     if "LoRA" in kind:
         options["peft"] = PeftConfig(match_all_linear=True, dim=4)
-    packs = model_type not in ("falcon_h1", "mamba")
+    packs = model_type not in ("falcon_h1", "mamba", "deepseek_v32", "inkling_text")
     model = NeMoAutoModelForCausalLM.from_config(config, packed=packs, **options)
     verdict = prove(model, tmp_path, "strict", packed=packs)
     assert verdict.off == {}
