@@ -98,6 +98,7 @@ class Certificate:
         """
         small = take_small_copy(model)  # type: ignore[arg-type]
         if self.mode == "off":
+            logger.info("certificate: off, nothing is proved")
             return None
         device = torch.device(getattr(distributed, "device", None) or next(model.parameters()).device)
         checkpointing = getattr(distributed, "activation_checkpointing", "off")
@@ -109,8 +110,10 @@ class Certificate:
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             torch.distributed.broadcast_object_list(found, src=0)
         verdict, buffers, from_cache = found[0]
-        self._act(model, stack, verdict, buffers, getattr(getattr(distributed, "sizes", None), "cp", 1))
-        self._report(verdict, from_cache)
+        sizes = getattr(distributed, "sizes", None)
+        cp, tp = getattr(sizes, "cp", 1), getattr(sizes, "tp", 1)
+        self._act(model, stack, verdict, buffers, cp)
+        self._report(verdict, from_cache, [f"{name} plan" for name, size in (("TP", tp), ("CP", cp)) if size > 1])
         return verdict
 
     # --- rank 0 -------------------------------------------------------------------------------------------------
@@ -174,12 +177,13 @@ class Certificate:
                 "certificate: %s was loaded with other values than transformers computes; it now has those", name
             )
 
-    def _report(self, verdict: Verdict, from_cache: bool) -> None:
+    def _report(self, verdict: Verdict, from_cache: bool, proved: list[str]) -> None:
+        """Say what was found; ``proved`` is what the model could not have been built without proving (``tp_proof``)."""
         for reason in verdict.unproved:
             logger.warning("certificate: not proved: %s", reason)
         numbers = [f"worst gradient {verdict.worst[TWIN]:.1e}"] if TWIN in verdict.worst else []
         numbers += ["cached" if from_cache else f"{verdict.seconds:.1f} s"]
-        agree = ", ".join(verdict.agree) or "the model as it is"
+        agree = ", ".join([*verdict.agree, *proved]) or "the model's own forward and loss"
         if verdict.worst:
             logger.info("certificate: %s agree with plain transformers (%s)", agree, "; ".join(numbers))
 

@@ -263,11 +263,25 @@ class Trial:
         model.__dict__.update(self.stack.found)
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(self.dtypes.get(name, parameter.dtype))
+        self._cast_buffers()
         if adapters is not None:
             adapters.put_on(model, kernel=False)
             for name, value in self.values.items():
                 model.get_parameter(name).data.copy_(value)
         self.blocks = find_blocks(model)
+
+    def _cast_buffers(self) -> None:
+        """Give each buffer the dtype that transformers builds it in for a model of ``dtype``; rotary ones stay float32."""
+        if self.dtype == torch.float32:
+            return
+        with compat.on_meta():
+            built = type(self.model)._from_config(self.model.config, dtype=self.dtype)
+        dtypes = {name: buffer.dtype for name, buffer in built.named_buffers()}
+        for path, module in self.model.named_modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_floating_point():
+                    full = f"{path}.{name}".removeprefix(".")
+                    module._buffers[name] = buffer.to(dtypes.get(full, buffer.dtype))
 
     @contextmanager
     def _switched(self, on: Collection[str]) -> Iterator[None]:
@@ -290,6 +304,7 @@ class Trial:
         if not found.loss <= loss_limit * (5 if fp8 else 1):
             return f"its loss is off by {found.loss:.2g} of itself, the gradient of {name} by {worst:.2g} of its norm"
         if fp8:
+            self.worst = max(self.worst, found.total)
             return None if found.total <= FP8_ERROR else f"all gradients together are off by {found.total:.2g}"
         plain = self.yardstick
         if plain is None:

@@ -117,6 +117,20 @@ def test_dora_and_an_adapted_head_are_compared_with_merged_weights(options: dict
     assert ("fused loss" in verdict.agree) == ("use_dora" in options), "an adapted head is not fused"
 
 
+@pytest.mark.parametrize(
+    ("model_type", "layer"),
+    [("jamba", "dt_proj"), ("gemma3n_text", "correction_coefs"), ("longcat_flash", "classifier")],
+)
+def test_no_adapter_is_put_on_a_weight_that_is_used_without_its_layer(
+    model_type: str, layer: str, tmp_path: Path
+) -> None:
+    """They were, and their certificates said so."""
+    config = tiny_twin(start_config(model_type, causal=True))
+    model = NeMoAutoModelForCausalLM.from_config(config, dtype="float32", peft=PeftConfig(match_all_linear=True, dim=4))
+    assert not any(layer in name for name, _ in lora_layers(model))
+    assert prove(model, tmp_path).off == {}
+
+
 def test_a_run_goes_on_with_its_own_random_numbers(tmp_path: Path) -> None:
     model = build()
     torch.manual_seed(5)
