@@ -98,6 +98,7 @@ class Certificate:
         """
         small = take_small_copy(model)  # type: ignore[arg-type]
         if self.mode == "off":
+            logger.info("certificate: off, nothing is proved")
             return None
         device = torch.device(getattr(distributed, "device", None) or next(model.parameters()).device)
         checkpointing = getattr(distributed, "activation_checkpointing", "off")
@@ -109,8 +110,10 @@ class Certificate:
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             torch.distributed.broadcast_object_list(found, src=0)
         verdict, buffers, from_cache = found[0]
-        self._act(model, stack, verdict, buffers, getattr(getattr(distributed, "sizes", None), "cp", 1))
-        self._report(verdict, from_cache)
+        sizes = getattr(distributed, "sizes", None)
+        cp, tp = getattr(sizes, "cp", 1), getattr(sizes, "tp", 1)
+        self._act(model, stack, verdict, buffers, cp)
+        self._report(verdict, from_cache, [f"{name} plan" for name, size in (("TP", tp), ("CP", cp)) if size > 1])
         return verdict
 
     # --- rank 0 -------------------------------------------------------------------------------------------------
@@ -174,12 +177,13 @@ class Certificate:
                 "certificate: %s was loaded with other values than transformers computes; it now has those", name
             )
 
-    def _report(self, verdict: Verdict, from_cache: bool) -> None:
+    def _report(self, verdict: Verdict, from_cache: bool, proved: list[str]) -> None:
+        """Say what was found; ``proved`` is what the model could not have been built without proving (``tp_proof``)."""
         for reason in verdict.unproved:
             logger.warning("certificate: not proved: %s", reason)
         numbers = [f"worst gradient {verdict.worst[TWIN]:.1e}"] if TWIN in verdict.worst else []
         numbers += ["cached" if from_cache else f"{verdict.seconds:.1f} s"]
-        agree = ", ".join(verdict.agree) or "the model as it is"
+        agree = ", ".join([*verdict.agree, *proved]) or "the model's own forward and loss"
         if verdict.worst:
             logger.info("certificate: %s agree with plain transformers (%s)", agree, "; ".join(numbers))
 
@@ -213,15 +217,14 @@ def _prove_real(
     """Stage two; returns the buffers of ``live`` that are wrong, with the right values."""
     wanted, window, most = _CUDA if device.type == "cuda" else _CPU
     whole = getattr(names.text_part(config), "vocab_size", most)
-    cut = one_block_each(config, vocab_size=whole if whole <= most else most + whole % 64, window=window)
-    without_chance(cut)
-    _require_room(cls, cut, device)
+    model = _real_blocks(cls, config, whole if whole <= most else most + whole % 64, window, device)
+    wrong = _wrong_buffers(live, cached.free_buffers(model))
+    cut, made = model.config, [model]
+    del model
     lengths = _within_positions(cut, wanted)
-    wrong: dict[str, Tensor] = {}
 
     def trial(seed: int) -> Trial:
-        model = build(cls, cut, device)
-        wrong.update(_wrong_buffers(live, cached.free_buffers(model)))
+        model = made.pop() if made else build(cls, cut, device)
         torch.manual_seed(seed)
         sharpen(model)
         return Trial(model, stack, lengths, dtype, seed)
@@ -241,9 +244,25 @@ def _wrong_buffers(live: dict[str, Tensor], right: dict[str, Tensor]) -> dict[st
     return found
 
 
-def _require_room(cls: Any, config: PretrainedConfig, device: torch.device) -> None:
-    with torch.device("meta"):
-        numbers = sum(p.numel() for p in cls._from_config(config).parameters())
+def _real_blocks(cls: Any, config: PretrainedConfig, vocab_size: int, window: int, device: torch.device) -> Any:
+    """One block of each kind with fresh weights; two, where a model divides by the number of its layers less one."""
+    for least in (1, 2):
+        cut = one_block_each(config, vocab_size=vocab_size, window=window, least=least)
+        without_chance(cut)
+        try:
+            with torch.device("meta"):
+                numbers = sum(p.numel() for p in cls._from_config(cut).parameters())
+            _require_room(numbers, device)
+            return build(cls, cut, device)
+        except (ModelError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # any model's own code
+            if least == 2:
+                raise
+    raise AssertionError
+
+
+def _require_room(numbers: int, device: torch.device) -> None:
     if device.type == "cuda":
         if numbers * _BYTES > torch.cuda.mem_get_info(device)[0]:
             raise ModelError(f"its blocks ({numbers / 1e9:.1f}e9 numbers) do not fit beside the model")
@@ -274,16 +293,19 @@ def _attempt(stage: str, verdict: Verdict, action: Any) -> None:
 
 @contextmanager
 def _undisturbed(device: torch.device) -> Iterator[None]:
-    """What happens inside leaves random numbers, gradients, memory and the log as they were."""
+    """What happens inside leaves random numbers, memory and the log as they were, and sums float32 in float32."""
     loggers = [logging.getLogger(name) for name in ("nemo_automodel", "transformers")]
     levels = [log.level for log in loggers]
     devices = [device] if device.type == "cuda" else []
+    precision = torch.get_float32_matmul_precision()
     try:
+        torch.set_float32_matmul_precision("highest")
         with torch.random.fork_rng(devices=devices), torch.enable_grad():
             for log in loggers:
                 log.setLevel(logging.ERROR)
             yield
     finally:
+        torch.set_float32_matmul_precision(precision)
         for log, level in zip(loggers, levels, strict=True):
             log.setLevel(level)
         if device.type == "cuda":

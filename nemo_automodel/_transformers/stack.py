@@ -17,6 +17,7 @@ from nemo_automodel._transformers.forward import give_up_fusing, keeps_logits
 from nemo_automodel._transformers.packing import PASSES_DOCUMENTS
 from nemo_automodel._transformers.window_trial import PASSES_WINDOW
 from nemo_automodel.components._peft.linear import LoRALinear, adapt, clean_name, lora_layers, stored
+from nemo_automodel.components._peft.match import is_transposed_linear
 from nemo_automodel.components.attention import function
 from nemo_automodel.components.loss.linear_ce import FusedLinearCrossEntropy
 from nemo_automodel.components.quantization.fp8 import fp8_layers
@@ -59,8 +60,9 @@ class Adapters:
         return cls(names, factor.shape[0], first.lora_scale, dora, factor.dtype)
 
     def targets(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """The layers of ``model``, without adapters yet, that get one."""
-        return [(name, module) for name, module in model.named_modules() if _generic(name) in self.names]
+        """The linear layers of ``model``, without adapters yet, that get one."""
+        named = [(name, module) for name, module in model.named_modules() if _generic(name) in self.names]
+        return [(name, m) for name, m in named if isinstance(m, nn.Linear) or is_transposed_linear(m)]
 
     def put_on(self, model: nn.Module, kernel: bool) -> None:
         """Freeze ``model`` and adapt it; the adapters' values are not set."""

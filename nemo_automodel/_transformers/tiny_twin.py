@@ -72,20 +72,21 @@ def tiny_twin(config: PretrainedConfig, *, layers: int = 2, heads: int = 4, voca
     return type(config).from_dict(_as_dict(config, new))
 
 
-def one_block_each(config: PretrainedConfig, *, vocab_size: int, window: int) -> PretrainedConfig:
+def one_block_each(config: PretrainedConfig, *, vocab_size: int, window: int, least: int = 1) -> PretrainedConfig:
     """``config`` with one layer of each kind, every width as it is; ``config`` itself stays as it is.
 
     Args:
         config: any transformers config, with its sub-configs.
         vocab_size: tokens of the vocabulary, special tokens moved into it.
         window: tokens that a sliding window has at most.
+        least: layers to keep at the least, for a model that cannot be built with one.
 
     Returns:
         A config of the same class. Of experts there are as few as a token is given, each as wide as it is.
     """
     parts = names.parts_of(config)
     old = {id(part): names.fields_of(part) for part in parts}
-    new = {id(part): _cut(part, old[id(part)], 1, least=1) for part in parts}
+    new = {id(part): _cut(part, old[id(part)], 1, least) for part in parts}
     _bound_outputs(parts, old, new)
     tokens = _token_table(old.values(), vocab_size)
     whole_vocabulary = getattr(names.text_part(config), "vocab_size", None)

@@ -60,7 +60,7 @@ def _require_known(kind: str, rest: list[str], known: list[str]) -> None:
     """Name an option that is none: without a dot it cannot be one of the recipe's."""
     for argument in rest:
         name = argument.partition("=")[0]
-        if name.startswith("--") and "." not in name and name != "--allow-target":
+        if name.startswith("--") and "." not in name and name not in ("--allow-target", "--certificate"):
             hint = did_you_mean(name.replace("_", "-"), known) or f"see automodel launch {kind} --help"
             raise ConfigError(f"automodel launch {kind} {argument}: unknown option; {hint}")
 

@@ -41,6 +41,7 @@ _OPTIONS = """usage: automodel finetune {domain} -c recipe.yaml [--section.key=v
 options:
   -c, --config FILE          the recipe
   --section.key=value        overwrite or add one value (also: --section.key value, --section.list.0.key=value)
+  --certificate MODE         warn, strict or off: what happens where the run does not compute what transformers does
   --print-config             print the recipe with every default filled in, and stop
   --allow-target NAME        let _target_ name this package or this .py file (relative to the recipe); runs its code
   -h, --help                 this text

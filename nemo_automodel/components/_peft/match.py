@@ -118,7 +118,7 @@ def _linear_modules(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, s
         elif "forward" in module.__dict__:
             skipped[name] = "its forward is replaced on the instance, which would bypass the adapter"
         elif _weight_is_used_outside(model, name):
-            skipped[name] = "the module around it hands its weight to a kernel, which would bypass the adapter"
+            skipped[name] = "the module around it takes its weight itself, which would bypass the adapter"
         elif not _computes_a_linear_map(module):
             skipped[name] = f"{type(module).__name__}.forward does not map [..., in] to one [..., out] tensor"
         else:
@@ -127,9 +127,9 @@ def _linear_modules(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, s
 
 
 def _weight_is_used_outside(model: nn.Module, name: str) -> bool:
-    """Whether the code of the module around a layer passes the layer's weight on (state space kernels do)."""
+    """Whether the code of the module around a layer takes the layer's weight itself (state space layers do)."""
     owner, _, last = name.rpartition(".")
-    use = re.compile(rf"self\.{re.escape(last)}\.weight\s*[,)]")
+    use = re.compile(rf"self\.{re.escape(last)}\.weight(\s*[,)@]|\.(data|float|to|type|clamp|t|T)\b)")
     lines = _source_of(type(model.get_submodule(owner))).splitlines()  # type: ignore[arg-type]
     return any(use.search(line) and "init" not in line for line in lines)
 

@@ -73,12 +73,14 @@ def attention(
             formula = partial(written_out_attention, dropout=dropout, scaling=scaling, softcap=softcap, sinks=s_aux)
         out = context_attention(query, key, value, context, dropout, scaling, sliding_window, formula)
         return out.transpose(1, 2).contiguous(), None
-    if softcap is not None or s_aux is not None:
-        if attention_mask is None:
-            attention_mask = _written_mask(length, key.shape[2], causal, sliding_window, cu_seq_lens_q, query.device)
+    written_out = softcap is not None or s_aux is not None
+    biased = kwargs.get("position_bias") is not None  # which SDPA lays over a mask, not over a window or documents
+    if attention_mask is None and (written_out or (biased and (sliding_window or cu_seq_lens_q is not None))):
+        attention_mask = _written_mask(length, key.shape[2], causal, sliding_window, cu_seq_lens_q, query.device)
+    if written_out:
         out = written_out_attention(query, key, value, attention_mask, dropout, scaling, softcap, s_aux)
         return out.transpose(1, 2).contiguous(), None
-    if attention_mask is not None or length != key.shape[2] or kwargs.get("position_bias") is not None:
+    if attention_mask is not None or length != key.shape[2] or biased:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )

@@ -15,7 +15,7 @@ _MUST_MATCH = (
     "step_scheduler.global_batch_size", "step_scheduler.num_epochs", "step_scheduler.max_steps",
 )  # fmt: skip
 _FREE = ("peft.use_triton", "optimizer.fused", "optimizer.foreach", "optimizer.capturable", "model.attn_implementation")
-_NOT_WORTH_SAYING = ("checkpoint", "loggers", "dist_env")
+_NOT_WORTH_SAYING = ("checkpoint", "loggers", "dist_env", "certificate")
 _ABSENT = "absent"
 
 

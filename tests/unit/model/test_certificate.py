@@ -45,7 +45,7 @@ WIDE = {
     "intermediate_size": 128,
 }
 ARCHITECTURES = (
-    "llama", "qwen3", "gemma2", "gemma3_text", "qwen3_moe", "gpt_oss", "gpt2", "falcon_h1", "mamba", "deepseek_v3",
+    "llama", "qwen3", "gemma2", "gemma3_text", "qwen3_moe", "gpt_oss", "gpt2", "falcon_h1", "mamba", "deepseek_v3", "deepseek_v32", "inkling_text",
 )  # fmt: skip
 right_attention = function.attention
 right_packed = function.packed_attention
@@ -98,7 +98,7 @@ def test_what_is_right_is_left_alone(model_type: str, kind: str, tmp_path: Path)
     options: dict[str, Any] = {"dtype": kind.split()[0]}
     if "LoRA" in kind:
         options["peft"] = PeftConfig(match_all_linear=True, dim=4)
-    packs = model_type not in ("falcon_h1", "mamba")
+    packs = model_type not in ("falcon_h1", "mamba", "deepseek_v32", "inkling_text")
     model = NeMoAutoModelForCausalLM.from_config(config, packed=packs, **options)
     verdict = prove(model, tmp_path, "strict", packed=packs)
     assert verdict.off == {}
@@ -115,6 +115,20 @@ def test_dora_and_an_adapted_head_are_compared_with_merged_weights(options: dict
     assert verdict.worst[TWIN] < 1e-5
     assert "LoRA" in verdict.agree
     assert ("fused loss" in verdict.agree) == ("use_dora" in options), "an adapted head is not fused"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layer"),
+    [("jamba", "dt_proj"), ("gemma3n_text", "correction_coefs"), ("longcat_flash", "classifier")],
+)
+def test_no_adapter_is_put_on_a_weight_that_is_used_without_its_layer(
+    model_type: str, layer: str, tmp_path: Path
+) -> None:
+    """They were, and their certificates said so."""
+    config = tiny_twin(start_config(model_type, causal=True))
+    model = NeMoAutoModelForCausalLM.from_config(config, dtype="float32", peft=PeftConfig(match_all_linear=True, dim=4))
+    assert not any(layer in name for name, _ in lora_layers(model))
+    assert prove(model, tmp_path).off == {}
 
 
 def test_a_run_goes_on_with_its_own_random_numbers(tmp_path: Path) -> None:
