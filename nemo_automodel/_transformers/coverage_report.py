@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from nemo_automodel._transformers.coverage import COLUMNS, LATER, YES, Row
+from nemo_automodel._transformers.coverage_cells import COLUMNS, LATER, THEIRS, YES, Row
 
 _KINDS = {"causal": "Causal language models", "vlm": "Vision-language models (image, text to text)"}
 _MEANING = """\
@@ -25,9 +25,12 @@ table explains.
 - **save**, **adapter**: what is saved is reloaded by plain transformers, by PEFT, with the logits of the live model.
 - **fused**: the loss is computed without logits. **attention**: ours is used. **packing**: two documents in one row have
   the loss that they have apart.
-- **fsdp2**, **tp2**: on two ranks; – is not measured yet.
+- **fsdp2**, **tp2**: a step on two ranks (sharded by FSDP2, or cut by tensor parallelism, by the model's own plan or an
+  inferred one) has the losses and every gradient of one rank.
 
-Vision-language cells use real image input (random pixels through the model's own vision tower)."""
+Where a reason begins with "PEFT itself", PEFT does not load or reload its own adapter of that model, so there is nothing to
+compare with. Vision-language cells use real image input (random pixels through the model's own vision tower), and other
+pixels must change the loss."""
 
 
 def write_report(rows: Sequence[Row], page: Path, date: str) -> None:
@@ -51,16 +54,25 @@ def summary(rows: Sequence[Row], kind: str) -> str:
     """One line: of how many architectures of ``kind`` the twin trains, and of these how many do all that is asked."""
     mine = [row for row in rows if row.kind == kind]
     twins = [row for row in mine if row.trains_plainly]
-    counts = {
-        c: sum(row.cells[c] == YES for row in twins) for c in ("load", "sft", "save", "lora", "adapter", "packing")
-    }
-    cells = ", ".join(f"{name} {n}" for name, n in counts.items())
-    return f"{_KINDS[kind]}: {len(twins)} of {len(mine)} twins train in plain transformers; of these {cells}"
+    cells = ", ".join(f"{column} {n}" for column, n in counts(rows, kind).items() if column not in ("types", "twin"))
+    theirs = sum(any(THEIRS in cell for cell in row.cells.values()) for row in twins)
+    blind = ", ".join(row.model_type for row in twins if row.blind)
+    text = f"{_KINDS[kind]}: {len(twins)} of {len(mine)} twins train in plain transformers; of these {cells}"
+    text += f"; PEFT itself fails on {theirs}" if theirs else ""
+    return text + (f"; trained on text, because the registered class takes no images: {blind}" if blind else "")
+
+
+def counts(rows: Sequence[Row], kind: str) -> dict[str, int]:
+    """Of ``kind``: how many types there are, and of those whose twin trains how many have "yes", by column."""
+    mine = [row for row in rows if row.kind == kind]
+    twins = [row for row in mine if row.trains_plainly]
+    return {"types": len(mine)} | {column: sum(row.cells[column] == YES for row in twins) for column in COLUMNS}
 
 
 def _data(rows: Sequence[Row], date: str) -> dict[str, Any]:
     versions = {"transformers": transformers.__version__, "torch": str(torch.__version__)}
-    return {"date": date, **versions, "rows": [dataclasses.asdict(row) for row in _sorted(rows)]}
+    totals = {kind: counts(rows, kind) for kind in _KINDS}
+    return {"date": date, **versions, "counts": totals, "rows": [dataclasses.asdict(row) for row in _sorted(rows)]}
 
 
 def _page(rows: Sequence[Row], date: str) -> str:
@@ -101,4 +113,4 @@ def _sorted(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: (row.kind, row.model_type))
 
 
-__all__ = ["read_rows", "summary", "write_report"]
+__all__ = ["counts", "read_rows", "summary", "write_report"]

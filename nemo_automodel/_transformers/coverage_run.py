@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from nemo_automodel._transformers.coverage import Row, check
+from nemo_automodel._transformers.coverage import check
+from nemo_automodel._transformers.coverage_cells import LATER, Row
 
 SECONDS = 90  # of a processor, an architecture
 BYTES = 8 << 30  # of address space
@@ -43,7 +44,7 @@ def sweep(tasks: Sequence[tuple[str, str]], jobs: int) -> Iterator[Row]:
         yield row
 
 
-def _fork(work: Callable[[], Row]) -> tuple[int, int]:
+def _fork(work: Callable[..., Row]) -> tuple[int, int]:
     end, other = os.pipe()
     pid = os.fork()
     if pid:
@@ -54,7 +55,12 @@ def _fork(work: Callable[[], Row]) -> tuple[int, int]:
         os.close(end)
         _restrict()
         with os.fdopen(other, "w") as pipe:
-            json.dump(dataclasses.asdict(work()), pipe)
+
+            def report(row: Row) -> None:
+                pipe.write(json.dumps(dataclasses.asdict(row)) + "\n")
+                pipe.flush()
+
+            report(work(report=report))
         code = 0
     finally:
         os._exit(code)
@@ -75,12 +81,17 @@ def _restrict() -> None:
 def _read(task: tuple[str, str], end: int, status: int) -> Row:
     with os.fdopen(end) as pipe:
         text = pipe.read()
-    if text:
-        return Row(**json.loads(text))
-    row = Row(*task)
+    lines = text.splitlines()
+    row = Row(**json.loads(lines[-1])) if lines else Row(*task)
+    if lines and status == 0:
+        return row
     killed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     slow = killed in (signal.SIGXCPU, signal.SIGALRM, signal.SIGKILL)
-    row.cells["twin"] = f"not done in {SECONDS} s" if slow else f"its process ended by itself (status {status})"
+    why = f"not done in {SECONDS} s" if slow else f"its process ended by itself (status {status})"
+    if row.trains_plainly:  # it got as far as two ranks
+        row.cells |= {column: why for column, cell in row.cells.items() if cell == LATER}
+    else:
+        row.cells["twin"] = why
     return row
 
 

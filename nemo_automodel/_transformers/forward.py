@@ -106,8 +106,19 @@ def run_with_request(
     inputs = _accepted(base_forward, inputs)
     with announce(layout):
         outputs = _forward_with_loss(base_forward, model, args, inputs, request, request.labels, _zero)
+        if _hides_its_parameters(model, request):
+            model.enable_input_require_grads()  # type: ignore[operator]
+            outputs = _forward_with_loss(base_forward, model, args, inputs, request, request.labels, _zero)
     assert request.result is not None
     return request.result, outputs.loss
+
+
+def _hides_its_parameters(model: nn.Module, request: LossRequest) -> bool:
+    """Whether layers with a backward of their own (reversible ones) got no gradient to pass: the input is frozen."""
+    lost = (
+        model.training and torch.is_grad_enabled() and request.result is not None and not request.result.requires_grad
+    )
+    return lost and hasattr(model, "enable_input_require_grads") and any(p.requires_grad for p in model.parameters())
 
 
 def _run_with_labels(
@@ -156,11 +167,19 @@ def _forward_with_loss(
         if outputs is not None:
             return outputs
 
-    def from_logits(logits: Tensor) -> Tensor:
-        request.result = _loss_of_logits(request, logits, state)
+    def from_logits(logits: Tensor, arrived: Any = None) -> Tensor:
+        if not state.cuts and logits.shape[:-1].numel() != request.labels.numel():
+            raise _CutsItself
+        wanted = arrived.reshape(logits.shape[:-1]) if state.cuts else request.labels
+        request.result = _loss_of_logits(request, logits, wanted, state)
         return reported(request.result)
 
-    return _with_loss_function(base_forward, model, args, inputs, labels, from_logits)
+    try:
+        passed = _unshifted(request.labels) if state.cuts else labels
+        return _with_loss_function(base_forward, model, args, inputs, passed, from_logits)
+    except _CutsItself:
+        state.cuts = True
+        return _with_loss_function(base_forward, model, args, inputs, _unshifted(request.labels), from_logits)
 
 
 def _forward_tapped(
@@ -185,7 +204,7 @@ def _forward_tapped(
     first = state.transform is None
     probe = probe_logits(head.out_features, head.weight.device) if first else None
 
-    def from_hidden(logits: Tensor) -> Tensor:
+    def from_hidden(logits: Tensor, _: Any = None) -> Tensor:
         if len(tap.inputs) != 1:
             raise _DoesNotFit(f"its forward calls its output head {len(tap.inputs)} times")
         if not is_whole(head):
@@ -222,6 +241,10 @@ def _forward_tapped(
     return None
 
 
+class _CutsItself(Exception):
+    """The model has fewer logits than labels at its loss function: it shifts both itself."""
+
+
 class _DoesNotFit(Exception):
     """The fused path is not right for this model; the message says why."""
 
@@ -232,6 +255,7 @@ class _HeadState:
 
     transform: LogitTransform | None = None
     reason: str | None = None  # why the fused path is off
+    cuts: bool = False  # it cuts logits and labels itself, so labels go in unshifted and are used as they come out
 
     def give_up(self, model: nn.Module, reason: str) -> None:
         """Turn the fused path off for this model and say so, once."""
@@ -265,12 +289,16 @@ def _with_loss_function(
     args: tuple[Any, ...],
     inputs: dict[str, Any],
     labels: Tensor,
-    compute: Callable[[Tensor], Tensor],
+    compute: Callable[..., Tensor],
 ) -> Any:
-    """Run the forward with ``compute(logits)`` as the model's main loss; returns outputs whose ``loss`` holds it."""
+    """Run the forward with ``compute(logits, labels)`` as the model's main loss; returns outputs whose ``loss`` holds it."""
     if compat.calls_loss_function(_base_class(model)):
         previous = model.__dict__.get("_loss_function")
-        model.__dict__["_loss_function"] = lambda logits=None, *_, **__: compute(logits)
+
+        def loss_function(logits: Any = None, labels: Any = None, *_: Any, **more: Any) -> Tensor:
+            return compute(logits, labels if more.get("shift_labels") is None else more["shift_labels"])
+
+        model.__dict__["_loss_function"] = loss_function
         try:
             return base_forward(model, *args, **inputs, labels=labels)
         finally:
@@ -293,10 +321,15 @@ def _router_loss(model: nn.Module, outputs: Any) -> Tensor | float:
     return getattr(text, "router_aux_loss_coef", getattr(text, "aux_loss_coef", 0.0)) * aux
 
 
-def _loss_of_logits(request: LossRequest, logits: Tensor, state: _HeadState) -> Tensor:
+def _unshifted(labels: Tensor) -> Tensor:
+    """Labels as transformers takes them, from those of the next token [B, S]."""
+    return F.pad(labels[..., :-1], (1, 0), value=IGNORE_INDEX)
+
+
+def _loss_of_logits(request: LossRequest, logits: Tensor, labels: Tensor, state: _HeadState) -> Tensor:
     loss_fn = request.loss_fn
     if not getattr(loss_fn, "takes_hidden_states", False):
-        return loss_fn(logits, request.labels)
+        return loss_fn(logits, labels)
     from_logits = getattr(loss_fn, "from_logits", None)
     if from_logits is None:
         name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
@@ -304,7 +337,7 @@ def _loss_of_logits(request: LossRequest, logits: Tensor, state: _HeadState) -> 
             f"loss_fn: {name} takes hidden states, but this model gives it whole logits, because {state.reason}; give "
             f"{name} a method from_logits(logits, labels) that returns the same sum"
         )
-    return from_logits(logits, request.labels)
+    return from_logits(logits, labels)
 
 
 def _zero(ce_sum: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class HeadTap:
 
     def _give_probe(self, head: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         assert self.probe is not None
-        return self.probe.expand(*output.shape[:-2], 1, -1)
+        return self.probe.expand(*output.shape[:-2], 1, -1).clone()  # some models write into their logits
 
 
 def head_of(model: nn.Module) -> nn.Linear | None:

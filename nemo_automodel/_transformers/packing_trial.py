@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 from nemo_automodel._transformers.packing import FIX, PASSES_DOCUMENTS, refuse_packing
 from nemo_automodel._transformers.window_trial import shrunk_windows
 from nemo_automodel.components.attention import function
-from nemo_automodel.errors import ModelError
+from nemo_automodel.errors import AutoModelError, ModelError
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,13 @@ def _try_two_documents(model: nn.Module) -> None:
                 f"packed_sequence: {type(model).__name__} gives a packed document other logits than the same document "
                 f"by itself; {FIX}"
             )
+    except (RuntimeError, IndexError, ValueError) as error:  # its forward makes other lengths of a row
+        if isinstance(error, (AutoModelError, torch.OutOfMemoryError)):
+            raise
+        first = str(error).splitlines()[0]
+        raise ModelError(
+            f"packed_sequence: {type(model).__name__} does not run on a row of packed documents ({first}); {FIX}"
+        ) from error
     finally:
         model.train(training)
 

@@ -48,8 +48,8 @@ def plain_loss(model: Any, batch: dict[str, Any], outputs: Any = None) -> Tensor
     Of the few models that compute it by hand, not shifting labels, the loss of the next token. ``outputs`` are those of
     its forward on the batch, where that was run already.
     """
-    outputs = model(**batch) if outputs is None else outputs
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
+    outputs = base(**batch) if outputs is None else outputs
     logits, labels = outputs.logits, shifted(batch["labels"])
     if compat.calls_loss_function(type(base)) or getattr(outputs, "aux_loss", None) is not None:
         return outputs.loss
@@ -58,9 +58,14 @@ def plain_loss(model: Any, batch: dict[str, Any], outputs: Any = None) -> Tensor
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX)
 
 
+def base_of(model: Any) -> Any:
+    """The model that PEFT wraps, whose own forward adds arguments; others are themselves."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def shifted(labels: Tensor) -> Tensor:
     """``labels`` [B, S] of each position as those to predict at it."""
     return F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].contiguous()
 
 
-__all__ = ["away_from_symmetry", "plain_loss", "sharpen", "shifted", "without_chance"]
+__all__ = ["away_from_symmetry", "base_of", "plain_loss", "sharpen", "shifted", "without_chance"]

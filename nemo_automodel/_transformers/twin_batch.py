@@ -52,6 +52,12 @@ def image_batch(model: nn.Module, *, rows: int = 2, length: int = 24, seed: int 
     raise first
 
 
+def takes_images(model: nn.Module) -> bool:
+    """Whether the model's forward has an argument for images."""
+    accepted = set(inspect.signature(type(model).forward).parameters)
+    return next(image_inputs(model.config, accepted, rows=1), None) is not None  # type: ignore[arg-type]
+
+
 def _fit(
     model: nn.Module, batch: dict[str, Any], images: dict[str, Tensor], accepted: set[str], rows: int
 ) -> dict[str, Any]:
@@ -154,4 +160,4 @@ def _first_token(config: Any, candidates: tuple[str, ...]) -> int | None:
     return None
 
 
-__all__ = ["image_batch", "text_batch"]
+__all__ = ["image_batch", "takes_images", "text_batch"]

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM
+from nemo_automodel._transformers.forward import forward_loss
+from nemo_automodel._transformers.head import HeadTap, infer_transform, probe_logits
 from nemo_automodel._transformers.tiny_twin import tiny_twin
+from nemo_automodel._transformers.twin_batch import text_batch
 from nemo_automodel._transformers.twin_start import start_config
 from nemo_automodel.components._peft.linear import lora_layers
 from nemo_automodel.components._peft.lora import PeftConfig
 from nemo_automodel.components.attention.function import attention
+from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
+from nemo_automodel.errors import ModelError
 
 
 def twin(model_type: str) -> nn.Module:
@@ -62,3 +69,41 @@ def test_a_layer_whose_weight_goes_to_a_kernel_is_left_out() -> None:
     adapted = {name.rsplit(".", 1)[-1] for name, _ in lora_layers(model)}
     assert "in_proj" in adapted
     assert "out_proj" not in adapted
+
+
+class WritesIntoItsLogits(nn.Module):
+    """A head whose model forbids a token by writing into the logits, as image tokens are forbidden."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 8, bias=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self.head(hidden)
+        logits[..., 3] = torch.finfo(logits.dtype).min
+        return logits
+
+
+def test_a_model_that_writes_into_its_logits_is_not_fused() -> None:
+    model, probe = WritesIntoItsLogits(), probe_logits(8, torch.device("cpu"))
+    with HeadTap(model.head, probe):
+        seen = model(torch.zeros(2, 5, 4))
+    assert seen[0, 0, 3] < -1e38
+    assert torch.equal(probe, probe_logits(8, torch.device("cpu")))
+    assert infer_transform(probe, seen) is None
+
+
+def test_reversible_layers_train_with_a_frozen_input() -> None:
+    model = NeMoAutoModelForCausalLM.from_config(tiny_twin(start_config("reformer", causal=True)), dtype="float32")
+    PeftConfig(match_all_linear=True, dim=4).apply(model)
+    batch = text_batch()
+    labels = batch.pop("labels")
+    model.train()
+    loss, _ = forward_loss(model, {**batch, "labels": labels, "num_label_tokens": labels.numel()}, MaskedCrossEntropy())
+    loss.backward()
+    assert all(layer.lora_B.weight.grad is not None for _, layer in lora_layers(model))
+
+
+def test_a_model_that_does_not_run_on_a_packed_row_says_so() -> None:
+    with pytest.raises(ModelError, match=r"does not run on a row of packed documents .*packed_sequence_size: 0"):
+        NeMoAutoModelForCausalLM.from_config(tiny_twin(start_config("blt", causal=True)), dtype="float32", packed=True)
