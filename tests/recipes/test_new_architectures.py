@@ -58,7 +58,7 @@ def plain_loss(directory: Path) -> float:
     ids = torch.tensor([prompt + answer])
     model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"]
-    logits = model.eval()(input_ids=ids[:, :-1]).logits[0, len(prompt) - 1 :]
+    logits = model.eval()(input_ids=ids).logits[0, len(prompt) - 1 : -1]
     return torch.nn.functional.cross_entropy(logits.float(), torch.tensor(answer)).item()
 
 
