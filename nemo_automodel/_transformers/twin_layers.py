@@ -10,6 +10,7 @@ _COUNT = re.compile(
     r"^(n_layers?|num_layers|layers|depth|num_blocks|((conf|encoder|decoder)_)?num_hidden_layers"
     r"|(num_)?(encoder|decoder)_layers|num_layers_per_stack|resampler_depth)$"
 )
+_SECTION = re.compile(r"^n(um)?_[a-z]+_layers$")
 _PREFIX = re.compile(r"first|dense|hash|max_window|start_index")
 _SUFFIX = re.compile(r"shared_layers")
 _PERIOD = re.compile(r"period|interval|every_n|pattern|frequency|_freq$|sparse_step|layer_step|layers_per_|layer_group")
@@ -55,6 +56,7 @@ def keep_layers(fields: Mapping[str, Any], total: int, wanted: int, least: int =
     kinds shorter than the model, a period) is kept whole.
     """
     columns = [column for name, value in fields.items() if (column := _column(name, value, total)) is not None]
+    columns.append([name for name, count in _sections(fields, total).items() for _ in range(count)] or [None] * total)
     kinds: dict[str, list[int]] = {}
     for i in range(total):
         kinds.setdefault(repr([column[i] for column in columns]), []).append(i)
@@ -71,7 +73,17 @@ def keep_layers(fields: Mapping[str, Any], total: int, wanted: int, least: int =
 def cut_layers(fields: Mapping[str, Any], total: int, kept: list[int]) -> dict[str, Any]:
     """New values for those of ``fields`` that speak of layers, in a part of ``total`` layers that keeps ``kept``."""
     new = {name: _cut(name, value, total, kept) for name, value in fields.items()}
+    start = 0
+    for name, count in _sections(fields, total).items():
+        new[name] = sum(start <= i < start + count for i in kept)
+        start += count
     return {name: value for name, value in new.items() if value is not None}
+
+
+def _sections(fields: Mapping[str, Any], total: int) -> dict[str, int]:
+    """Fields that cut the model into sections one after the other (``n_input_layers``, ...), their sum all of it."""
+    found = {k: v for k, v in fields.items() if _SECTION.match(k) and _is_int(v) and v > 0 and not is_layer_count(k)}
+    return found if len(found) > 1 and sum(found.values()) == total else {}
 
 
 def _column(name: str, value: Any, total: int) -> list[Any] | None:

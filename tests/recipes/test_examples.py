@@ -1,152 +1,145 @@
-"""Every YAML under ``examples/`` runs as the recipe it is, on a tiny model of its family; so does the code in the docs."""
+"""The example of each model family, through the real command, from a Hub that serves a tiny model of that family.
+
+Every row of the data is the same, so the loss of a step is that of one row in plain transformers, whatever the batch
+size and packing: before the first step and, from the files that were saved, after the last.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
-import os
-import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
-from transformers import AutoModelForCausalLM
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
-from tests.builders import make_tokenizer, tiny_config
-from tests.recipes.workspace import ROOT, make_workspace
+from nemo_automodel.types import IGNORE_INDEX
+from tests.families import FAMILIES, ROW, add_datasets, model_files
+from tests.hub import LocalHub
+from tests.recipes.workspace import ROOT
 
-EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
-GUIDE = (ROOT / "docs/write-your-own-recipe.md").read_text()
-PATH_KEYS = ("dataset_name", "path_or_dataset", "path_or_dataset_id")
-
-ROW = {
-    "context": "Paris is the capital of France.",
-    "question": "What is the capital of France?",
-    "answers": {"text": ["Paris"], "answer_start": [0]},
-    "ctx": "The quick brown fox",
-    "endings": ["jumps over the dog", "does not", "two", "four"],
-    "label": 0,
-    "messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "my name is Ada"}],
-    "instruction": "name a colour",
-    "response": "blue",
+FOLDER = ROOT / "examples/llm_finetune"
+EXAMPLES = sorted(FOLDER.rglob("*.yaml"))
+SAMPLE = {
+    "llama3_1_8b_squad_peft",
+    "gemma2_9b_it_chat_peft",
+    "qwen3_30b_a3b_squad",
+    "granite_4_0_h_tiny_chat_peft",
+    "phi4_mini_instruct_dolly",
 }
+"""Packed LoRA, soft-caps and windows, experts on two ranks, a hybrid, and a full run with long rotary embeddings."""
+PATH_KEYS = ("dataset_name", "path_or_dataset", "path_or_dataset_id")
+STEPS = 4
+ROWS = 192
+TOLERANCE = 1e-4
+
+
+def cases() -> list[Any]:
+    marks = {path: [] if path.stem in SAMPLE else [pytest.mark.full] for path in EXAMPLES}
+    return [pytest.param(path, marks=marks[path], id=path.stem) for path in EXAMPLES]
 
 
 @pytest.fixture(scope="module")
-def materials(tmp_path_factory):
-    """A folder with a tiny model of each family and one data file that has every example's columns."""
-    folder = tmp_path_factory.mktemp("materials")
-    for family in ("llama", "qwen3"):
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(tiny_config(family)).save_pretrained(folder / family)
-        make_tokenizer("chatml").save_pretrained(folder / family)
-    for name in ("rows.jsonl", "validation.jsonl"):  # a file has the split that its name says
-        (folder / name).write_text((json.dumps(ROW) + "\n") * 48)
-    return folder
+def hub():
+    with LocalHub() as hub:
+        add_datasets(hub, ROWS)
+        yield hub
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_every_example_runs(materials, tmp_path, example):
-    from nemo_automodel.config import load
-    from nemo_automodel.recipes.llm.finetune import main
+def overrides_for(config: dict[str, Any]) -> list[str]:
+    """What makes the example small, and gives it a validation set of the same rows."""
+    overrides = [
+        "--model.dtype=float32",
+        "--model.master_dtype=float32",
+        "--checkpoint.checkpoint_dir=out",
+        "--checkpoint.save_merged=false",
+        "--step_scheduler.global_batch_size=4",
+        "--step_scheduler.local_batch_size=2",
+        "--step_scheduler.num_epochs=1",
+        f"--step_scheduler.max_steps={STEPS}",
+        f"--step_scheduler.val_every_steps={STEPS}",
+        f"--optimizer.lr={5e-2 if 'peft' in config else 5e-3}",
+        "--loggers.progress=false",
+        "--dataset.seq_length=128",
+    ]
+    dataset = {**config["dataset"], "seq_length": 128}
+    overrides += [f"--validation_dataset.{key}={json.dumps(value)}" for key, value in dataset.items()]
+    if "packed_sequence" in config:
+        overrides += ["--packed_sequence.packed_sequence_size=256"]
+    if config.get("distributed", {}).get("ep_size", 1) > 1:
+        overrides += ["--distributed.ep_size=2", "--nproc-per-node=2"]
+    return overrides
 
+
+def oracle(model: Any, directory: Path, config: dict[str, Any], data: Path) -> float:
+    """The loss per label token of the one row, by transformers' own forward and its logits."""
+    dataset = dict(config["dataset"])
+    key = next(key for key in PATH_KEYS if key in dataset)
+    module, _, function = dataset.pop("_target_").rpartition(".")
+    build = getattr(importlib.import_module(module), function)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    sample = build(**{**dataset, key: str(data), "split": "train", "seq_length": 128, "tokenizer": tokenizer})[0]
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([sample["input_ids"]])).logits[0].float()
+    return F.cross_entropy(logits, torch.tensor(sample["labels"]), ignore_index=IGNORE_INDEX).item()
+
+
+def run(hub: LocalHub, folder: Path, example: Path, *overrides: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "nemo_automodel.cli.app", "finetune", "llm", "-c", str(example), *overrides]
+    env = hub.env(folder, PYTHONPATH=str(ROOT))
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=400)
+
+
+@pytest.mark.parametrize("example", cases())
+def test_the_example_trains_and_its_files_are_transformers_own(hub, tmp_path, example):
     config = yaml.safe_load(example.read_text())
     if "quantization" in config:
         pytest.importorskip("bitsandbytes")
-    family = "qwen3" if "qwen3" in str(example) else "llama"
-    overrides = [
-        f"--model.pretrained_model_name_or_path={materials / family}",
-        f"--checkpoint.checkpoint_dir={tmp_path / 'out'}",
-        "--step_scheduler.global_batch_size=2",
-        "--step_scheduler.local_batch_size=1",
-        "--step_scheduler.max_steps=2",
-        "--loggers.progress=false",
-    ]
-    for name, file in (("dataset", "rows.jsonl"), ("validation_dataset", "validation.jsonl")):
-        key = next((key for key in PATH_KEYS if key in config.get(name, {})), None)
-        overrides += [f"--{name}.{key}={materials / file}"] if key else []
-    if "packed_sequence" in config:
-        overrides += ["--packed_sequence.packed_sequence_size=96", "--dataset.seq_length=96"]
-    main(load(example, overrides))
+    name = config["model"]["pretrained_model_name_or_path"]
+    hub.add("models", name, model_files(name))
+    (tmp_path / "chats.jsonl").write_text((json.dumps(ROW) + "\n") * ROWS)
+    base = tmp_path / "base"
+    base.mkdir()
+    for file, content in model_files(name).items():
+        (base / file).write_bytes(content)
+
+    result = run(hub, tmp_path, example, *overrides_for(config))
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-5000:]
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2]
-    assert all(0 < line["loss"] < 20 for line in lines)
-    directory = tmp_path / "out/epoch_0_step_2/model"
-    assert (directory / "model.safetensors").exists() or (directory / "adapter_model.safetensors").exists()
+    losses = [line["loss"] for line in lines]
+    last = json.loads((tmp_path / "out/validation.jsonl").read_text())["val_loss"]
+    assert len(losses) == STEPS
+    assert last < losses[0]
+
+    image_text = "ImageTextToText" in config["model"]["_target_"]
+    auto_class: Any = AutoModelForImageTextToText if image_text else AutoModelForCausalLM
+    plain = auto_class.from_pretrained(base, dtype=torch.float32)
+    assert losses[0] == pytest.approx(oracle(plain, base, config, tmp_path / "chats.jsonl"), rel=TOLERANCE)
+    saved = tmp_path / f"out/epoch_0_step_{STEPS}/model"
+    if "peft" in config:
+        trained = PeftModel.from_pretrained(plain, str(saved))
+    else:
+        trained, info = auto_class.from_pretrained(saved, dtype=torch.float32, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+    assert last == pytest.approx(oracle(trained, base, config, tmp_path / "chats.jsonl"), rel=TOLERANCE)
+
+
+def test_every_family_has_its_example():
+    named = {yaml.safe_load(path.read_text())["model"]["pretrained_model_name_or_path"] for path in EXAMPLES}
+    assert named == set(FAMILIES)
+    assert {path.stem for path in EXAMPLES} >= SAMPLE
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_are_short(example):
     lines = [line for line in example.read_text().splitlines() if line.strip() and not line.strip().startswith("#")]
     assert len(lines) <= 25
-
-
-def fenced(language: str, text: str = GUIDE) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
-
-
-@pytest.mark.parametrize("snippet", [s for s in fenced("yaml") if "_target_" in s], ids=lambda s: s.split(":")[0])
-def test_the_guides_components_run_as_printed(tmp_path, snippet):
-    workspace = make_workspace(tmp_path, sections=yaml.safe_load(snippet))
-    (tmp_path / "mine.py").write_text("\n".join(fenced("python")))
-    workspace.spawn("--allow-target", "./mine.py", "--step_scheduler.max_steps=2")
-    assert [line["step"] for line in workspace.metrics()] == [1, 2]
-
-
-def test_a_copy_of_the_recipe_runs_its_own_main(tmp_path):
-    workspace = make_workspace(tmp_path)
-    copy = tmp_path / "my_recipe.py"
-    shutil.copy(ROOT / "nemo_automodel/recipes/llm/finetune.py", copy)
-    text = copy.read_text()
-    assert text.count("        lr_scheduler.step()\n") == 1
-    copy.write_text(
-        text.replace("        lr_scheduler.step()\n", "        lr_scheduler.step()\n        print('my own loop')\n")
-    )
-    command = [sys.executable, str(copy), "-c", str(workspace.recipe), "--step_scheduler.max_steps=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(ROOT))}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("my own loop") == 2
-
-
-def test_the_guides_average_is_saved_and_restored(tmp_path):
-    """The class and the three lines of the guide, put into a copy of the recipe where their comments say."""
-    workspace = make_workspace(tmp_path)
-    text = (ROOT / "nemo_automodel/recipes/llm/finetune.py").read_text()
-    average = next(snippet for snippet in fenced("python") if "class Average" in snippet)
-    build, keep, update = (line.split("#")[0].strip() for line in fenced("py")[0].splitlines())
-    for anchor, line in (
-        ("    params = [", build),
-        ("    state = TrainState(", keep),
-        ("        guard.step(", update),
-    ):
-        start = text.index(anchor)
-        end = text.index("\n", start) + 1
-        text = text[:end] + " " * (len(anchor) - len(anchor.lstrip())) + line + "\n" + text[end:]
-    text = text.replace("def main(", average + "\n\ndef main(", 1)
-    text = text.replace(
-        "    env.shutdown()",
-        "    print('average', sum(a.double().sum().item() for a in ema.average))\n    env.shutdown()",
-    )
-    (tmp_path / "my_recipe.py").write_text(text)
-
-    def run(*overrides):
-        command = [
-            sys.executable,
-            "my_recipe.py",
-            "-c",
-            str(workspace.recipe),
-            "--step_scheduler.ckpt_every_steps=6",
-            *overrides,
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr[-3000:]
-        return re.search(r"average (\S+)", result.stdout)[1]
-
-    whole = run("--checkpoint.checkpoint_dir=whole")
-    first = next((tmp_path / "whole").glob("epoch_*_step_6"))
-    assert run("--checkpoint.checkpoint_dir=resumed", f"--checkpoint.restore_from={first}") == whole

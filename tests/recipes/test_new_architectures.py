@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_automodel._transformers import compat
-from nemo_automodel._transformers import twin_fields as names
 from nemo_automodel._transformers.tiny_twin import tiny_twin
 from nemo_automodel._transformers.twin_start import start_config
 from tests.builders import make_tokenizer
+from tests.families import without_chance
 from tests.recipes.workspace import Workspace, make_workspace
 
 LOWER_BOUND = Path(__file__).parents[1] / "data/causal_types_5.17.txt"
@@ -31,11 +31,7 @@ def cases() -> list:
 
 
 def make_twin(model_type: str, directory: Path) -> None:
-    config = tiny_twin(start_config(model_type, causal=True), vocab_size=384)
-    for part in names.parts_of(config):
-        for name, value in names.fields_of(part).items():
-            if isinstance(value, float) and ("drop" in name or "jitter" in name):
-                setattr(part, name, 0.0)
+    config = without_chance(tiny_twin(start_config(model_type, causal=True), vocab_size=384))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
@@ -58,7 +54,7 @@ def plain_loss(directory: Path) -> float:
     ids = torch.tensor([prompt + answer])
     model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"]
-    logits = model.eval()(input_ids=ids[:, :-1]).logits[0, len(prompt) - 1 :]
+    logits = model.eval()(input_ids=ids).logits[0, len(prompt) - 1 : -1]
     return torch.nn.functional.cross_entropy(logits.float(), torch.tensor(answer)).item()
 
 

@@ -71,7 +71,7 @@ def plain_loss(model: torch.nn.Module, directory: Path) -> float:
     prompt = tokenizer(ROW["question"] + "\n", add_special_tokens=False)["input_ids"]
     answer = tokenizer(ROW["answer"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     ids = torch.tensor([prompt + answer])
-    logits = model.eval()(input_ids=ids[:, :-1]).logits[0, len(prompt) - 1 :]
+    logits = model.eval()(input_ids=ids).logits[0, len(prompt) - 1 : -1]
     return F.cross_entropy(logits.float(), torch.tensor(answer)).item()
 
 

@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DeepseekV3Config, LlamaConfig, Qwen2VLConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DeepseekV3Config,
+    LlamaConfig,
+    Qwen2VLConfig,
+)
 
 from nemo_automodel._transformers import twin_fields as names
 from nemo_automodel._transformers.compat import registered_types
@@ -21,12 +28,23 @@ NO_DEFAULT = {"gemma4_assistant"}  # transformers' own default is refused by its
 TYPES = [(kind, t) for kind in ("causal", "vlm") for t in registered_types(kind) if t not in NO_DEFAULT]
 
 
+def reloads_its_default(model_type: str) -> bool:
+    try:
+        config = CONFIG_MAPPING[model_type]()
+        type(config).from_dict(config.to_dict())
+    except (ValueError, TypeError):
+        return False
+    return True
+
+
 def parts(config: Any) -> list[Any]:
     return names.parts_of(config)
 
 
 @pytest.mark.parametrize(("kind", "model_type"), TYPES, ids=[f"{k}-{t}" for k, t in TYPES])
 def test_a_twin_keeps_the_structure(kind: str, model_type: str) -> None:
+    if not reloads_its_default(model_type):
+        pytest.skip("this transformers does not read back its own default of the class")
     config = start_config(model_type, causal=kind == "causal")
     before = copy.deepcopy(config.to_dict())
     twin = tiny_twin(config)
