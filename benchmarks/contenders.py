@@ -137,6 +137,7 @@ def ours(workload: Workload, device: torch.device, **model_options: Any) -> Cont
 
     peft_options = model_options.pop("peft", {})
     checkpointing = model_options.pop("activation_checkpointing", "off")
+    make_optimizer = model_options.pop("optimizer", _optimizer)
     peft = None
     if workload.lora_rank:
         r = workload.lora_rank
@@ -163,7 +164,17 @@ def ours(workload: Workload, device: torch.device, **model_options: Any) -> Cont
         loss.backward()
         return loss.detach()
 
-    return Contender(model, forward_backward, lambda: clipper(params), _optimizer(model, device))
+    return Contender(model, forward_backward, lambda: clipper(params), make_optimizer(model, device))
+
+
+def ours_small_state(workload: Workload, device: torch.device, state_dtype: str) -> Contender:
+    """Ours with weights in bf16 and the optimizer's moments in ``state_dtype``, rounded at random."""
+    from nemo_automodel.components.training.adamw import AdamW
+
+    def optimizer(model: nn.Module, _: torch.device) -> torch.optim.Optimizer:
+        return AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, state_dtype=state_dtype)  # type: ignore[arg-type]
+
+    return ours(workload, device, master_dtype="bfloat16", optimizer=optimizer)
 
 
 def ours_deterministic(workload: Workload, device: torch.device) -> Contender:
@@ -245,6 +256,8 @@ ONLY_IN: dict[str, dict[str, Builder]] = {
         FP32_MASTERS: transformers_with_masters,
         "ours": ours,
         PURE_BF16: lambda w, d: ours(w, d, master_dtype="bfloat16"),
+        "ours, bf16 with random rounding": lambda w, d: ours_small_state(w, d, "bfloat16"),
+        "ours, bf16 with random rounding, int8 moments": lambda w, d: ours_small_state(w, d, "int8"),
         "ours, rng.deterministic": ours_deterministic,
     },
     "B'": {

@@ -27,6 +27,7 @@ from nemo_automodel._transformers.window_trial import find_window
 from nemo_automodel.components._peft.lora import PeftConfig, reset_adapters
 from nemo_automodel.components.attention import function as attention_function
 from nemo_automodel.components.distributed.activation_checkpointing import checkpoint_activations
+from nemo_automodel.components.distributed.auto_checkpointing import AutoCheckpointing
 from nemo_automodel.components.distributed.expert_parallel import expert_parallelize
 from nemo_automodel.components.distributed.tensor_parallel import tensor_parallelize
 from nemo_automodel.errors import ConfigError, ModelError
@@ -234,9 +235,7 @@ def _assemble(
         fp8.apply(model, blocks)
     if quantization is not None and quantization.apply(model, blocks, device) and peft is not None and weights is None:
         reset_adapters(model)  # once more: DoRA starts from the norms of the weights as they are now
-    checkpoint_activations(blocks, getattr(distributed, "activation_checkpointing", "off"))
-    if compile is not None:
-        compile.apply(blocks, device)
+    _checkpoint_and_compile(model, blocks, device, compute_dtype, distributed, compile)
     if distributed is not None:
         model = distributed.parallelize(model, blocks, compute_dtype)
     if weights is not None:
@@ -252,6 +251,37 @@ def _adaptable(model: PreTrainedModel, peft: PeftConfig) -> Callable[[str], bool
         return None
     wanted, part_of = peft.chosen_parts, part_finder(model)
     return lambda name: wanted == ["all"] or part_of(name) in wanted
+
+
+def _checkpoint_and_compile(
+    model: PreTrainedModel,
+    blocks: Any,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    distributed: Any,
+    compile: Any,
+) -> None:
+    """Now; or, under ``auto``, in the first training forward, when it is known what fits."""
+    mode = getattr(distributed, "activation_checkpointing", "off")
+
+    def compile_blocks() -> None:
+        if compile is not None:
+            compile.apply(blocks, device)
+
+    if mode != "auto":
+        checkpoint_activations(blocks, mode)
+        return compile_blocks()
+    measured = getattr(compile, "function", None)
+    AutoCheckpointing(
+        model,
+        blocks,
+        device,
+        compiled=lambda forward: forward if measured is None else measured(forward, device),
+        then=compile_blocks,
+        compute_dtype=compute_dtype,
+        keeps_casts=not getattr(distributed, "reshards", True),
+    )
+    return None
 
 
 def _choose_attention(model: PreTrainedModel, asked: str | None) -> None:

@@ -56,7 +56,7 @@ def unpack(packed: Packed, shape: tuple[int, int], dtype: torch.dtype, kind: str
     from bitsandbytes import functional
 
     scales = packed.scales
-    if packed.scale_scales is not None:
+    if packed.scale_offset is not None:
         scales = functional.dequantize_blockwise(
             scales, absmax=packed.scale_scales, code=packed.scale_code, blocksize=SCALES_BLOCK
         )

@@ -76,7 +76,7 @@ def single():
         ({"dp_replicate_size": 2}, "dp_replicate_size=2: does not divide the 1 data-parallel rank.s.; write one of 1"),
         ({"sequence_parallel": True}, "sequence_parallel=true: .* tp_size is 1"),
         ({"pp_size": 2}, "pp_size=2: pipeline parallelism is not part of this release"),
-        ({"activation_checkpointing": "on"}, "activation_checkpointing=on: write one of off, selective, full"),
+        ({"activation_checkpointing": "on"}, "activation_checkpointing=on: write one of off, selective, full, auto"),
         ({"offload": True}, "offload=true: the run is on the CPU already"),
     ],
 )

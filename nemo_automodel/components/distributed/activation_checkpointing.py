@@ -24,9 +24,9 @@ _ATTENTION = (
 
 
 def require_mode(mode: str) -> None:
-    """Raise ConfigError where ``mode`` is none of ``MODES``."""
-    if mode not in MODES:
-        raise ConfigError(f"distributed.activation_checkpointing={mode}: write one of {', '.join(MODES)}")
+    """Raise ConfigError where ``mode`` is none of ``MODES`` and not ``auto``."""
+    if mode not in (*MODES, "auto"):
+        raise ConfigError(f"distributed.activation_checkpointing={mode}: write one of {', '.join(MODES)}, auto")
 
 
 def checkpoint_activations(blocks: Sequence[nn.Module], mode: str) -> None:
@@ -59,10 +59,13 @@ class _Recomputed:
 
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if keeps(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def keeps(op: Any) -> bool:
+    """Whether selective checkpointing keeps what operator ``op`` makes."""
     name = getattr(op, "_schema", None)
     parts = str(name.name).split("::") if name is not None else ("", "")
     if parts[0] == "aten" and parts[-1] in (*_DEAR, *_ATTENTION):
-        return CheckpointPolicy.MUST_SAVE
-    if parts[0] in ("automodel", "torch_attn"):  # our own operators and the variable-length attention kernel
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
+        return True
+    return parts[0] in ("automodel", "torch_attn")  # our own operators and the variable-length attention kernel

@@ -33,7 +33,7 @@ class DDPManager(MeshManager):
     def __init__(
         self,
         dp_size: int | str | None = "none",
-        activation_checkpointing: Literal["off", "selective", "full"] = "off",
+        activation_checkpointing: Literal["off", "selective", "full", "auto"] = "off",
         env: DistEnv | None = None,
     ):
         require_mode(activation_checkpointing)
@@ -41,6 +41,7 @@ class DDPManager(MeshManager):
         dp = data_parallel_size(world_size, dp_size, tp_size=1, cp_size=1)
         super().__init__(MeshSizes(dp_replicate=dp, dp_shard=1, cp=1, tp=1), device)
         self.activation_checkpointing = activation_checkpointing
+        self.reshards = False
 
     def parallelize(self, model: nn.Module, blocks: Sequence[nn.Module], compute_dtype: torch.dtype) -> nn.Module:
         """Let gradients of ``model`` be summed over ranks in float32, block by block while backward goes on."""

@@ -47,7 +47,8 @@ class FSDP2Manager(MeshManager):
             gathered within ``dp_size / dp_replicate_size`` ranks, gradients summed over all. Default 1.
         pp_size: Pipeline parallelism is not part of this release; only 1.
         activation_checkpointing: What is computed again in backward instead of kept: ``off`` nothing, ``selective``
-            all but matrix products and attention, ``full`` each block whole. Default off.
+            all but matrix products and attention, ``full`` each block whole; ``auto`` the least that fits, measured on
+            the first micro-batch. Default off.
         reshard_after_forward: Free a block's gathered weights after its forward and gather them again for its
             backward. Default true; on one rank false, since all it could free are the casts to ``compute_dtype``.
             False trades memory for one all-gather (or cast) a block. The last block always keeps them: its backward
@@ -69,7 +70,7 @@ class FSDP2Manager(MeshManager):
         sequence_parallel: bool = False,
         dp_replicate_size: int = 1,
         pp_size: int = 1,
-        activation_checkpointing: Literal["off", "selective", "full"] = "off",
+        activation_checkpointing: Literal["off", "selective", "full", "auto"] = "off",
         reshard_after_forward: bool | None = None,
         reduce_dtype: Literal["float32", "bfloat16"] = "float32",
         prefetch: int = 0,
@@ -101,6 +102,12 @@ class FSDP2Manager(MeshManager):
         self.prefetch = prefetch
         self.offload = offload
 
+    @property
+    def reshards(self) -> bool:
+        """Whether gathered weights are freed between forward and backward."""
+        shards = self.sizes.dp_shard * self.sizes.cp
+        return shards > 1 if self.reshard_after_forward is None else self.reshard_after_forward
+
     def parallelize(self, model: nn.Module, blocks: Sequence[nn.Module], compute_dtype: torch.dtype) -> nn.Module:
         """Shard ``model`` in place: each of ``blocks`` is a unit of communication, the rest one more.
 
@@ -112,7 +119,6 @@ class FSDP2Manager(MeshManager):
         """
         if not self.offload and not any(p.is_meta for p in model.parameters()):
             model.to(self.device)
-        shards = self.sizes.dp_shard * self.sizes.cp
         shard(
             model,
             blocks,
@@ -120,7 +126,7 @@ class FSDP2Manager(MeshManager):
             expert_mesh=over(self.expert_mesh, "dp_shard_ep") if self.expert_mesh is not None else None,
             compute_dtype=compute_dtype,
             reduce_dtype=self.reduce_dtype,
-            reshard=shards > 1 if self.reshard_after_forward is None else self.reshard_after_forward,
+            reshard=self.reshards,
             offload=CPUOffloadPolicy() if self.offload else OffloadPolicy(),
         )
         _prefetch(blocks, self.prefetch)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,11 +27,21 @@ class CompileConfig:
     fullgraph: bool = False
     dynamic: bool | None = None
 
+    def wanted(self, device: torch.device) -> bool:
+        """Whether blocks on ``device`` are compiled."""
+        if self.enabled is None:
+            return device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
+        return self.enabled
+
+    def function(self, forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+        """``forward`` compiled as blocks on ``device`` are; as it is where they are not."""
+        if not self.wanted(device):
+            return forward
+        return torch.compile(forward, mode=self.mode, fullgraph=self.fullgraph, dynamic=self.dynamic)
+
     def apply(self, blocks: Sequence[nn.Module], device: torch.device) -> bool:
         """Compile each of ``blocks`` in place (parameter names stay); return whether it was done."""
-        wanted = device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
-        enabled = wanted if self.enabled is None else self.enabled
-        if not enabled:
+        if not self.wanted(device):
             return False
         for block in blocks:
             block.compile(mode=self.mode, fullgraph=self.fullgraph, dynamic=self.dynamic)

@@ -71,5 +71,5 @@ def test_blocks_can_be_compiled_too(mode):
 
 
 def test_another_word_is_refused():
-    with pytest.raises(ConfigError, match="activation_checkpointing=on: write one of off, selective, full"):
+    with pytest.raises(ConfigError, match="activation_checkpointing=on: write one of off, selective, full, auto"):
         require_mode("on")

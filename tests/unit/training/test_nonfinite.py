@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 
+from nemo_automodel.components.training.adamw import AdamW
 from nemo_automodel.components.training.nonfinite import NonFiniteGuard
 from nemo_automodel.errors import ConfigError, NonFiniteError
 from nemo_automodel.types import TrainState
@@ -138,6 +139,19 @@ def test_an_optimizer_that_cannot_skip_is_not_stepped():
     with pytest.raises(NonFiniteError):
         run.train(3)
     assert_same(run.saved[0], run.history[1])
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_optimizer_with_small_state_skips_both_ways(late):
+    run = Run(late, {3}, optimizer=lambda p: AdamW(p, lr=0.1, weight_decay=0.1), policy="skip").train(6)
+    run.guard.settle()
+    assert run.guard.skipped == 1
+    assert_same(run.history[3][0].values(), run.history[2][0].values())
+    bare = Run(late, {3}, policy="skip").train(6)  # torch's, with its other default of betas
+    assert torch.equal(run.history[4][1]["state"][0]["step"], bare.history[4][1]["state"][0]["step"])
+    other = Run(not late, {3}, optimizer=lambda p: AdamW(p, lr=0.1, weight_decay=0.1), policy="skip").train(6)
+    for ours, theirs in zip(run.history, other.history, strict=True):
+        assert_same(ours[0].values(), theirs[0].values())
 
 
 def test_bad_settings_say_what_to_write():
