@@ -20,7 +20,8 @@ _PARTS = (
 )
 
 
-def _turns(image: str, bos: bool = False) -> str:
+def turns(image: str, bos: bool = False) -> str:
+    """A chat template that goes through the parts of messages, ``image`` standing for each image."""
     parts = _PARTS.replace("IMAGE_HERE", image)
     return (
         ("{{ bos_token }}" if bos else "")
@@ -152,7 +153,7 @@ def write_processor(family: str, directory: Path) -> PreTrainedTokenizerFast:
     path.write_text(json.dumps({**json.loads(path.read_text()), **made.get("image_fields", {})}))
     (directory / "processor_config.json").write_text(json.dumps({"processor_class": name, **fields}))
     if made["image"] is not None:
-        (directory / "chat_template.jinja").write_text(_turns(made["image"], made.get("bos", False)))
+        (directory / "chat_template.jinja").write_text(turns(made["image"], made.get("bos", False)))
     return tokenizer
 
 
