@@ -182,5 +182,8 @@ def write_vlm(family: str, directory: Path, **over: Any) -> Path:
     tokenizer = write_processor(family, directory)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(tiny_vlm_config(family, tokenizer, **over), dtype=torch.float32)
+    for parameter in model.parameters():  # a projector that starts at zero would let no image through
+        if parameter.ndim > 1 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
     model.save_pretrained(directory)
     return directory
