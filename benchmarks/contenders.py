@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.workloads import TARGETS, Workload
+from benchmarks.workloads import TARGETS, Workload, fill
 from nemo_automodel.types import Batch
 
 
@@ -39,11 +39,13 @@ def transformers(
     dtype: torch.dtype = torch.bfloat16,
     fp32_trained: bool = False,
     unpacked: bool = False,
+    weights: str = "whole",
 ) -> Contender:
     """transformers (+ PEFT where the workload has adapters), with Liger's kernels or compiled layers or both.
 
     ``fp32_trained`` keeps what is trained in fp32: adapters as PEFT does by default, all weights under autocast. Packed
     rows come with positions that restart, from which transformers makes its mask; ``unpacked`` gives a document a row.
+    ``weights``: of the layers, ``whole``, ``packed`` in four bits, or ``rounded`` to what four bits leave of them.
     """
     if liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
@@ -57,6 +59,14 @@ def transformers(
     layers = workload.layers(model)
     if dtype == torch.float32:
         model.gradient_checkpointing_enable()
+    if weights != "whole":
+        for name, module in [
+            (n, m) for n, m in layers.named_modules(prefix="model.layers") if isinstance(m, nn.Linear)
+        ]:
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, _in_four_bits(module, name, device, weights == "packed"))
+        model.is_loaded_in_4bit = weights == "packed"
+    in_layers = {id(p) for p in layers.parameters() if p.ndim == 2 and weights != "whole"}
     if workload.lora_rank:
         from peft import LoraConfig, get_peft_model
 
@@ -66,7 +76,7 @@ def transformers(
         if dtype == torch.float32:
             model.enable_input_require_grads()
         model = get_peft_model(model, config, autocast_adapter_dtype=fp32_trained)
-    workload.fill(model)
+    workload.fill(model, but=in_layers)
     model.train()
     if compiled:
         for layer in layers:
@@ -118,11 +128,12 @@ def ours(workload: Workload, device: torch.device, **model_options: Any) -> Cont
     from nemo_automodel.components.training.compile import CompileConfig
 
     peft_options = model_options.pop("peft", {})
+    checkpointing = model_options.pop("activation_checkpointing", "off")
     peft = None
     if workload.lora_rank:
         r = workload.lora_rank
         peft = PeftConfig(**({"match_all_linear": True, "dim": r, "alpha": 2 * r} | peft_options))
-    dist = FSDP2Manager(env=DistEnv(device=device.type))
+    dist = FSDP2Manager(env=DistEnv(device=device.type), activation_checkpointing=checkpointing)
     auto_class, options = workload.our_model()
     model = auto_class.from_config(
         workload.config(None), peft=peft, distributed=dist, compile=CompileConfig(), **(options | model_options)
@@ -160,12 +171,48 @@ def ours_fp8(workload: Workload, device: torch.device) -> Contender:
     return contender
 
 
+def ours_4bit(workload: Workload, device: torch.device, **options: Any) -> Contender:
+    """Ours with the frozen base in four bits, made of the weights that every contender has."""
+    from nemo_automodel.components.quantization.nf4 import Nf4Linear, QuantizationConfig
+
+    small = {"min_features": 16} if workload.shape["hidden_size"] < 256 else {}  # the tiny shapes
+    contender = ours(workload, device, quantization=QuantizationConfig(**small), **options)
+    for name, module in contender.model.named_modules():
+        if isinstance(module, Nf4Linear):
+            weight = torch.nn.Parameter(torch.empty(module.nf4_shape, dtype=module.nf4_dtype, device=device))
+            fill([(f"{name}.weight", weight)])
+            module.quantize(weight)
+    return contender
+
+
+def transformers_4bit(workload: Workload, device: torch.device) -> Contender:
+    """transformers + PEFT + Liger over bitsandbytes' own four-bit layers."""
+    return transformers(workload, device, liger=device.type == "cuda", weights="packed")
+
+
+def _in_four_bits(module: nn.Linear, name: str, device: torch.device, packed: bool) -> nn.Module:
+    """``module`` with the weights that every contender has, packed by bitsandbytes, or packed and unpacked again."""
+    import bitsandbytes
+    from bitsandbytes import functional
+
+    fill([(f"{name}.weight", module.weight)])
+    weight = module.weight.detach()
+    if not packed:
+        module.weight.data = functional.dequantize_4bit(*functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True))  # fmt: skip
+        return module
+    n_out, n_in = weight.shape
+    layer = bitsandbytes.nn.Linear4bit(n_in, n_out, False, weight.dtype, compress_statistics=True, quant_type="nf4")
+    layer.weight = bitsandbytes.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4")
+    return layer.to(device)
+
+
 Builder = Callable[[Workload, torch.device], Contender]
 REFERENCE = "transformers fp32"
 """What every contender's first loss and gradients are compared with; never timed."""
 
 FP32_TRAINED = "transformers, trained weights in fp32"
 FP32_MASTERS = "transformers, fp32 masters"
+ROUNDED = "transformers, weights rounded to 4 bits"
 PURE_BF16 = "ours, pure bf16"
 PEERS: dict[str, Builder] = {
     "transformers": transformers,
@@ -200,6 +247,13 @@ ONLY_IN: dict[str, dict[str, Builder]] = {
         PURE_BF16: lambda w, d: ours(w, d, master_dtype="bfloat16"),
     },
 }
+FOUR_BITS: dict[str, Builder] = {
+    "transformers + Liger, 4 bits": transformers_4bit,
+    ROUNDED: lambda w, d: transformers(w, d, weights="rounded"),
+    "ours, 4 bits": ours_4bit,
+    "ours, 4 bits, checkpointed": lambda w, d: ours_4bit(w, d, activation_checkpointing="full"),
+}
+"""In ``qlora.py`` only: their weights are others than the reference's."""
 
 
 def curve_of(name: str) -> str:
@@ -229,4 +283,4 @@ def build(name: str, workload: Workload, device: torch.device) -> Contender:
     """The contender (or the reference) called ``name``."""
     if name == REFERENCE:
         return transformers(workload, device, dtype=torch.float32)
-    return contenders(workload.name, cpu=False)[name](workload, device)
+    return (contenders(workload.name, cpu=False) | FOUR_BITS)[name](workload, device)

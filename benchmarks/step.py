@@ -49,12 +49,14 @@ COLUMNS = [
 def measure(name: str, workload: Workload, device: torch.device, warmup: int, steps: int, profile: bool) -> dict:
     """Build ``name``, take ``warmup + steps`` optimizer steps, and say what was seen."""
     started = float(os.environ.get("BENCHMARK_STARTED", time.time()))
+    _reset_peak(device)
     contender = build(name, workload, device)
+    built_peak = _peak_gib(device)
     data = workload.batches()
     if device.type == "cuda":
         data = [{k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in batch.items()} for batch in data]
         torch.cuda.reset_peak_memory_stats()
-    result: dict[str, Any] = {"trainable": sum(p.numel() for p in _trained(contender))}
+    result: dict[str, Any] = {"trainable": sum(p.numel() for p in _trained(contender)), "build peak GiB": built_peak}
     steps_done: list[_Step] = []
     for i in range(warmup + steps):
         if i == warmup:

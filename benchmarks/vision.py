@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.workloads import Workload, fill
+from benchmarks.workloads import Workload
 from nemo_automodel.types import IGNORE_INDEX, Batch
 
 AT = 4  # where a row's image tokens start
@@ -98,9 +99,9 @@ class VisionWorkload(Workload):
         labels = inputs["input_ids"].masked_fill(inputs["token_type_ids"] == 1, IGNORE_INDEX)
         return {**inputs, "labels": labels}
 
-    def fill(self, model: nn.Module) -> None:
+    def fill(self, model: nn.Module, but: Collection[int] = ()) -> None:
         """As for every workload, but for its norms: Gemma's add 1 to their weights, and a tower's have a bias."""
-        fill(model.named_parameters())
+        super().fill(model, but)
         for name, parameter in model.named_parameters():
             if "norm" in name and ("vision_tower" not in name or name.endswith("bias")):
                 parameter.detach().zero_()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,9 +69,9 @@ class Workload:
         """``count`` batches, the same for every contender."""
         return batches(self, count)
 
-    def fill(self, model: nn.Module) -> None:
-        """Give every parameter of ``model`` values that are the same for every contender."""
-        fill(model.named_parameters())
+    def fill(self, model: nn.Module, but: Collection[int] = ()) -> None:
+        """Give every parameter of ``model``, ``but`` those of these ids, the values that all contenders have."""
+        fill((name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in but)
 
     def flops(self) -> float:
         """FLOPs of a forward and backward."""

@@ -1,6 +1,6 @@
 """The autoclasses: a Hugging Face model, loaded, adapted, compiled and sharded, still of its own class.
 
-Order: build -> LoRA -> tensor or expert parallelism -> FP8 -> checkpoint activations -> compile each block -> shard -> load.
+Order: build -> LoRA -> tensor or expert parallelism -> FP8 or four bits -> checkpoint activations -> compile each block -> shard -> load.
 One function, ``_assemble``, is that order. What is built has no memory yet (the meta device) where the model will be sharded,
 so that no rank ever holds all of it; where it will not be, or cannot be loaded that way, weights come first.
 """
@@ -58,6 +58,7 @@ class _NeMoAutoModel:
         compile: Any = None,
         packed: bool = False,
         fp8: Any = None,
+        quantization: Any = None,
         freeze: Any = None,
         **kwargs: Any,
     ) -> Any:
@@ -76,6 +77,7 @@ class _NeMoAutoModel:
             compile: a ``CompileConfig``, or None not to compile.
             packed: batches will be packed; refused for models whose layers would mix documents.
             fp8: an ``Fp8Config``, or None to compute in ``dtype`` alone.
+            quantization: a ``QuantizationConfig``, or None to keep frozen weights in ``dtype``.
             freeze: a ``Freeze``, which parts of a vision-language model are not trained, or None to train all.
             **kwargs: further arguments of transformers' ``from_pretrained`` and overrides of the config.
 
@@ -99,10 +101,16 @@ class _NeMoAutoModel:
         if fp8 is None and sharded.takes_meta(distributed):  # FP8 copies are made of weights that are there
             model, weights = sharded.plan_loading(cls._auto_class, name, config, **options)
         if model is None:
-            model = loading.load_weights(cls._auto_class, name, config, device=_device(distributed), **options)
+            model = loading.load_weights(
+                cls._auto_class, name, config, device=_device(distributed, quantization), **options
+            )
         model.__dict__["_automodel_source"] = source
         model.export_dtype = loading.own_dtype(config) or compute  # type: ignore[assignment]
-        return _assemble(model, weights, compute, attn_implementation, peft, distributed, compile, packed, fp8, freeze)
+        return _assemble(
+            model, weights, compute, attn_implementation,
+            peft=peft, distributed=distributed, compile=compile, packed=packed,
+            fp8=fp8, quantization=quantization, freeze=freeze,
+        )  # fmt: skip
 
     @classmethod
     def from_config(
@@ -119,6 +127,7 @@ class _NeMoAutoModel:
         compile: Any = None,
         packed: bool = False,
         fp8: Any = None,
+        quantization: Any = None,
         freeze: Any = None,
         **kwargs: Any,
     ) -> Any:
@@ -137,6 +146,7 @@ class _NeMoAutoModel:
             compile: as in ``from_pretrained``.
             packed: as in ``from_pretrained``.
             fp8: as in ``from_pretrained``.
+            quantization: as in ``from_pretrained``.
             freeze: as in ``from_pretrained``.
             **kwargs: overrides of the config's fields.
 
@@ -156,12 +166,16 @@ class _NeMoAutoModel:
         if fp8 is None and sharded.takes_meta(distributed):
             model, weights = sharded.plan_fresh(cls._auto_class, built, **options)
         if model is None:
-            model = loading.initialize(cls._auto_class, built, device=_device(distributed), **options)
+            model = loading.initialize(cls._auto_class, built, device=_device(distributed, quantization), **options)
         model.export_dtype = compute  # type: ignore[assignment]
         model.config.name_or_path = (
             ""  # fresh weights are nobody's: an adapter must not name the config's home as its base
         )
-        return _assemble(model, weights, compute, attn_implementation, peft, distributed, compile, packed, fp8, freeze)
+        return _assemble(
+            model, weights, compute, attn_implementation,
+            peft=peft, distributed=distributed, compile=compile, packed=packed,
+            fp8=fp8, quantization=quantization, freeze=freeze,
+        )  # fmt: skip
 
 
 class NeMoAutoModelForCausalLM(_NeMoAutoModel):
@@ -181,14 +195,17 @@ def _assemble(
     weights: Any,
     compute_dtype: torch.dtype,
     attn_implementation: str | None,
+    *,
     peft: Any,
     distributed: Any,
     compile: Any,
     packed: bool,
     fp8: Any,
+    quantization: Any,
     freeze: Any,
 ) -> Any:
     model = adopt(model)
+    model.__dict__["_automodel_compute_dtype"] = compute_dtype  # a certificate is for that one
     _choose_attention(model, attn_implementation)
     sizes = getattr(distributed, "sizes", None)  # of our own managers; a user's shards in its own way
     with tried_on(model) as whole:  # what is found out by running it, while nothing is sharded
@@ -215,6 +232,8 @@ def _assemble(
     blocks = find_blocks(model)
     if fp8 is not None:
         fp8.apply(model, blocks)
+    if quantization is not None and quantization.apply(model, blocks, device) and peft is not None and weights is None:
+        reset_adapters(model)  # once more: DoRA starts from the norms of the weights as they are now
     checkpoint_activations(blocks, getattr(distributed, "activation_checkpointing", "off"))
     if compile is not None:
         compile.apply(blocks, device)
@@ -273,8 +292,10 @@ def _require_range(dtype: str | torch.dtype, compute: torch.dtype, distributed: 
         )
 
 
-def _device(distributed: Any) -> torch.device:
-    return torch.device("cpu") if distributed is None else torch.device(distributed.device)
+def _device(distributed: Any, quantization: Any) -> torch.device:
+    """Where a model is loaded whole: not on the device itself where only its packed weights are to be there."""
+    whole_on_host = distributed is None or quantization is not None
+    return torch.device("cpu") if whole_on_host else torch.device(distributed.device)
 
 
 __all__ = ["NeMoAutoModelForCausalLM", "NeMoAutoModelForImageTextToText"]

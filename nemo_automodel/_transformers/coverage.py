@@ -21,10 +21,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from nemo_automodel._transformers import compat, packing_trial
-from nemo_automodel._transformers import twin_fields as names
 from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM, NeMoAutoModelForImageTextToText
 from nemo_automodel._transformers.forward import forward_loss
 from nemo_automodel._transformers.head import head_of
+from nemo_automodel._transformers.plain import away_from_symmetry, plain_loss, shifted, without_chance
 from nemo_automodel._transformers.tiny_twin import tiny_twin
 from nemo_automodel._transformers.twin_batch import image_batch, text_batch
 from nemo_automodel._transformers.twin_start import start_config
@@ -112,9 +112,9 @@ class _Trial:
     def train_plainly(self) -> None:
         """Build and save the twin, and train it with transformers alone."""
         config = tiny_twin(start_config(self.model_type, causal=self.kind == "causal"))
-        _without_chance(config)
+        without_chance(config)
         model = self.plain_class.from_config(config, dtype=torch.float32)
-        _away_from_symmetry(model)
+        away_from_symmetry(model)
         self.batch = _batch(model, self.kind)
         model.save_pretrained(self.base)
         self.losses = _train_plain(self._load_plain(self.base), self.batch)
@@ -192,7 +192,7 @@ class _Trial:
         documents = packing_trial._documents(model)
         lengths = [ids.shape[1] for ids in documents]
         ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-        labels = torch.cat([_shifted(ids) for ids in documents], 1)
+        labels = torch.cat([shifted(ids) for ids in documents], 1)
         packed = {
             "input_ids": torch.cat(documents, 1),
             "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
@@ -206,13 +206,6 @@ class _Trial:
             plain = self._load_plain(self.base)
             wanted = sum(_sum_of_losses(plain, ids) for ids in documents)
         _same_losses([float(loss)], [float(wanted)])
-
-
-@torch.no_grad()
-def _away_from_symmetry(model: nn.Module) -> None:
-    """Move every parameter a little: zeros and ones of a fresh model hide errors, and tie what is chosen by size."""
-    for parameter in model.parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.02)
 
 
 def _batch(model: Any, kind: str) -> dict[str, Any]:
@@ -241,17 +234,6 @@ def _require_sight(model: Any, batch: dict[str, Any]) -> None:
         raise Differs("other pixels do not change the loss")
 
 
-def _without_chance(config: Any) -> None:
-    """Switch off what draws random numbers while training: two runs could not be compared."""
-    for part in names.parts_of(config):
-        part.use_cache = False
-        for name, value in names.fields_of(part).items():
-            if name == "hash_seed":
-                part.hash_seed = 0
-            if isinstance(value, float) and any(word in name for word in ("drop", "pdrop", "jitter", "mask_time_prob")):
-                setattr(part, name, 0.0)
-
-
 def _padded(batch: dict[str, Any]) -> dict[str, Any]:
     """The last quarter of the last row as padding."""
     end = batch["input_ids"].shape[1] * 3 // 4
@@ -269,7 +251,7 @@ def _train_plain(model: Any, batch: dict[str, Any]) -> list[float]:
     model.train()
     optimizer, losses = _optimizer(model), []
     for _ in range(STEPS):
-        loss = _plain_loss(model, batch)
+        loss = plain_loss(model, batch)
         if loss is None or not torch.isfinite(loss):
             raise Differs(f"transformers' own loss is {loss}")
         loss.backward()
@@ -279,22 +261,10 @@ def _train_plain(model: Any, batch: dict[str, Any]) -> list[float]:
     return losses
 
 
-def _plain_loss(model: Any, batch: dict[str, Any]) -> Tensor | None:
-    """The model's own loss; of the few that compute it by hand, not shifting labels, that of the next token."""
-    outputs = model(**batch)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    logits, labels = outputs.logits, _shifted(batch["labels"])
-    if compat.calls_loss_function(type(base)) or getattr(outputs, "aux_loss", None) is not None:
-        return outputs.loss
-    if logits.shape[:2] != labels.shape or compat.is_encoder_decoder(base):
-        return outputs.loss
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX)
-
-
 def _train_ours(model: Any, batch: dict[str, Any]) -> list[float]:
     model.train()
     decodes = compat.is_encoder_decoder(model)  # from what it is told so far: its labels are not shifted
-    labels = batch["labels"] if decodes else _shifted(batch["labels"])
+    labels = batch["labels"] if decodes else shifted(batch["labels"])
     ours = _with_labels({k: v for k, v in batch.items() if k != "labels"}, labels)
     optimizer, losses, loss_fn = _optimizer(model), [], _loss()
     for _ in range(STEPS):
@@ -311,10 +281,6 @@ def _loss() -> Any:
     return FusedLinearCrossEntropy()
 
 
-def _shifted(labels: Tensor) -> Tensor:
-    return F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].contiguous()
-
-
 def _with_labels(inputs: dict[str, Any], labels: Tensor) -> Any:
     indices = (labels.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)
     return {**inputs, "labels": labels, "label_indices": indices, "num_label_tokens": indices.numel()}
@@ -322,7 +288,7 @@ def _with_labels(inputs: dict[str, Any], labels: Tensor) -> Any:
 
 def _sum_of_losses(model: Any, ids: Tensor) -> Tensor:
     logits = model(input_ids=ids).logits.float()
-    return F.cross_entropy(logits[0], _shifted(ids)[0], ignore_index=IGNORE_INDEX, reduction="sum")
+    return F.cross_entropy(logits[0], shifted(ids)[0], ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def _same_losses(ours: list[float], plain: list[float]) -> None:

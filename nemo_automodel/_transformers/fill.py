@@ -23,6 +23,7 @@ from nemo_automodel._transformers.weight_slices import Stored, pieces, same, sto
 from nemo_automodel.components._peft.export import is_adapter_tensor
 from nemo_automodel.components._peft.linear import clean_name
 from nemo_automodel.components.checkpoint.shards import count, held, keep, local_of, take
+from nemo_automodel.components.quantization.nf4 import Nf4Linear
 from nemo_automodel.errors import AutoModelError, ModelError
 
 
@@ -57,22 +58,26 @@ class Checkpoint:
         """
         meta.materialize(model, device, torch.device("cpu") if offload else device)
         meta.set_buffers(model, device)
-        _same_on_all_ranks(lambda: self._load(model))
+        _same_on_all_ranks(lambda: self._load(model, device))
 
     @torch.no_grad()
-    def _load(self, model: PreTrainedModel) -> None:
+    def _load(self, model: PreTrainedModel, device: torch.device) -> None:
         live = {clean_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
         expected = {name: t for name, t in live.items() if isinstance(t, Tensor) and not is_adapter_tensor(name)}
+        packed = {f"{clean_name(name)}.weight": m for name, m in model.named_modules() if isinstance(m, Nf4Linear)}
+        expected |= {name: layer.placeholder() for name, layer in packed.items()}
         groups, unexpected = compat.group_tensors(model, self.conversions, self.stored, expected)
         mismatched: set[tuple[str, tuple[int, ...], tuple[int, ...]]] = set()
         done: set[int] = set()
         for group in groups:
-            for name, tensor, shape in self._load_group(model, group, expected):
-                done.add(id(tensor))
+            for name, tensor, shape in self._load_group(model, group, expected, device):
+                done.add(id(expected[name]))
                 if shape != tuple(tensor.shape):
                     mismatched.add((name, shape, tuple(tensor.shape)))
                 elif not bool(torch.isfinite(local_of(tensor).sum(dtype=_summed_in(tensor)))):
                     _require_finite(self.name, name, tensor)
+                if name in packed and shape == tuple(tensor.shape):
+                    packed[name].quantize(tensor)
         compat.remember_conversions(model, self.conversions)
         missing = {name for name, tensor in expected.items() if id(tensor) not in done}
         missing, unexpected = compat.really_missing(model, missing, unexpected)
@@ -80,10 +85,10 @@ class Checkpoint:
         require_complete(self.name, info, model)
 
     def _load_group(
-        self, model: PreTrainedModel, group: TensorGroup, expected: Mapping[str, Tensor]
+        self, model: PreTrainedModel, group: TensorGroup, expected: Mapping[str, Tensor], device: torch.device
     ) -> Iterable[tuple[str, Tensor, tuple[int, ...]]]:
         """Load what ``group`` gives: the name and tensor of each in the model, and its shape in the checkpoint."""
-        first = expected[group.target]
+        first = _with_memory(expected[group.target], device)
         if group.renames_only:
             stored = self.stored[group.sources[-1][0]]
             if stored.shape == tuple(first.shape):
@@ -96,9 +101,10 @@ class Checkpoint:
         for name, value in converted.items():
             if name not in expected:
                 raise ModelError(f"model {self.name}: its tensors give {name}, which the model does not have")
-            if value.shape == expected[name].shape:
-                keep(expected[name], value)
-            found.append((name, expected[name], tuple(value.shape)))
+            tensor = first if name == group.target else _with_memory(expected[name], device)
+            if value.shape == tensor.shape:
+                keep(tensor, value)
+            found.append((name, tensor, tuple(value.shape)))
         return found
 
     def _load_stacked(self, model: PreTrainedModel, group: TensorGroup, tensor: Tensor) -> tuple[int, ...]:
@@ -148,6 +154,11 @@ def _copy(tensor: Tensor, stored: Stored) -> None:
     local = local_of(tensor)
     for row, piece in pieces(stored, held(tensor)):
         (local.narrow(0, row, len(piece)) if piece.ndim else local).copy_(piece)
+
+
+def _with_memory(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor``, or, for one that is packed as soon as it is loaded, the room for it until then."""
+    return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor
 
 
 def _summed_in(tensor: Tensor) -> torch.dtype | None:

@@ -239,6 +239,22 @@ class _HeadState:
         logger.warning("%s: loss computed from whole logits, because %s", _name(model), reason)
 
 
+def keeps_logits(model: nn.Module) -> bool:
+    """Whether a loss over hidden states is known not to fit ``model``, so that it gets whole logits."""
+    return _head_state(model).reason is not None or head_of(model) is None
+
+
+def give_up_fusing(model: nn.Module) -> None:
+    """Let ``model`` make whole logits for every loss from now on."""
+    state = _head_state(model)
+    state.transform, state.reason = None, "its certificate says so"
+
+
+def forget_head(model: nn.Module) -> None:
+    """Have the next forward find out anew what ``model`` does to its logits."""
+    model.__dict__.pop("_automodel_head", None)
+
+
 def _head_state(model: nn.Module) -> _HeadState:
     return model.__dict__.setdefault("_automodel_head", _HeadState())
 
@@ -353,4 +369,12 @@ def _name(model: nn.Module) -> str:
     return _base_class(model).__name__
 
 
-__all__ = ["LossRequest", "forward_loss", "run", "run_with_request"]
+__all__ = [
+    "LossRequest",
+    "forget_head",
+    "forward_loss",
+    "give_up_fusing",
+    "keeps_logits",
+    "run",
+    "run_with_request",
+]

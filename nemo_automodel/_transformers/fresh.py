@@ -18,6 +18,7 @@ from nemo_automodel._transformers.blocks import find_blocks
 from nemo_automodel._transformers.loading import first_ranks_seed
 from nemo_automodel.components._peft.linear import LoRAWeight
 from nemo_automodel.components.checkpoint.shards import keep
+from nemo_automodel.components.quantization.nf4 import Nf4Linear
 
 
 class FreshWeights:
@@ -71,11 +72,15 @@ def _units(model: PreTrainedModel) -> Iterator[tuple[list[nn.Module], Callable[[
 def _whole(unit: list[nn.Module], device: torch.device, done: list[nn.Parameter]) -> Iterator[None]:
     """The parameters of ``unit`` whole inside, with memory of their own; what they then hold is kept, and noted as done."""
     live: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
+    packed = [module for module in unit if isinstance(module, Nf4Linear)]
+    for layer in packed:
+        empty = torch.empty_like(layer.placeholder(), device=device)
+        layer._parameters["weight"] = nn.Parameter(empty, requires_grad=False)
     made: dict[int, nn.Parameter] = {}
     already = {id(parameter) for parameter in done}
     for module in unit:
         for name, parameter in () if isinstance(module, LoRAWeight) else module._parameters.items():
-            if parameter is None or id(parameter) in already:
+            if parameter is None or id(parameter) in already or (module in packed and name == "weight"):
                 continue
             if id(parameter) not in made:
                 empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
@@ -88,6 +93,8 @@ def _whole(unit: list[nn.Module], device: torch.device, done: list[nn.Parameter]
     finally:
         for module, name, parameter, _ in live:
             module._parameters[name] = parameter
+    for layer in packed:
+        layer.quantize(layer.weight)
     for _, _, parameter, whole in live:
         if id(parameter) not in already:
             already.add(id(parameter))

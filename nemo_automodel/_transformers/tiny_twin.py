@@ -13,12 +13,14 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from nemo_automodel._transformers import twin_fields as names
+from nemo_automodel._transformers.twin_codes import shrink_codes
 from nemo_automodel._transformers.twin_fields import is_int
 from nemo_automodel._transformers.twin_images import shrink_images
 from nemo_automodel._transformers.twin_layers import (
     bound_output,
     cut_layers,
     is_layer_count,
+    is_layer_map,
     is_layer_output,
     keep_layers,
 )
@@ -28,6 +30,7 @@ from nemo_automodel._transformers.twin_widths import Widths
 _MOST_EXPERTS = 4
 _WINDOW = 8
 _POSITIONS = 4096
+_BASE = 32  # channels: they are normalised in 32 groups
 _GRID = (4, 6)  # of positions that are two numbers each; as long as a batch, because such models want it full
 
 
@@ -65,17 +68,62 @@ def tiny_twin(config: PretrainedConfig, *, layers: int = 2, heads: int = 4, voca
             chosen["initializer_range"] = 0.02  # else a tower's output is lost in rounding
         fit_rope(part, fields, chosen)
     shrink_images(parts, old, new)
+    shrink_codes(old, new, tokens, vocab_size)
     return type(config).from_dict(_as_dict(config, new))
 
 
-def _cut(part: PretrainedConfig, fields: dict[str, Any], wanted: int) -> dict[str, Any]:
+def one_block_each(config: PretrainedConfig, *, vocab_size: int, window: int) -> PretrainedConfig:
+    """``config`` with one layer of each kind, every width as it is; ``config`` itself stays as it is.
+
+    Args:
+        config: any transformers config, with its sub-configs.
+        vocab_size: tokens of the vocabulary, special tokens moved into it.
+        window: tokens that a sliding window has at most.
+
+    Returns:
+        A config of the same class. Of experts there are as few as a token is given, each as wide as it is.
+    """
+    parts = names.parts_of(config)
+    old = {id(part): names.fields_of(part) for part in parts}
+    new = {id(part): _cut(part, old[id(part)], 1, least=1) for part in parts}
+    _bound_outputs(parts, old, new)
+    tokens = _token_table(old.values(), vocab_size)
+    whole_vocabulary = getattr(names.text_part(config), "vocab_size", None)
+    for part in parts:
+        fields, chosen = old[id(part)], new[id(part)]
+        counts = _counts(fields, chosen, vocab_size, whole_vocabulary)
+        chosen.update({k: v for k, v in counts.items() if names.VOCABULARY.search(k)})
+        chosen.update(_all_experts(fields))
+        if "patch_size" not in fields:
+            windows = {k: v for k, v in fields.items() if names.WINDOW.search(k) and is_int(v) and v > 0}
+            chosen.update({k: min(v, window) for k, v in windows.items()})
+        chosen.update({k: _map_ints(v, tokens) for k, v in fields.items() if names.is_token(k)})
+        for entry in chosen.get("per_layer_config", {}).values():
+            entry.update(_all_experts(entry))
+    return type(config).from_dict(_as_dict(config, new))
+
+
+def _all_experts(fields: dict[str, Any]) -> dict[str, Any]:
+    """As few experts as a token is given, two at most, in one group: no rounding then decides which it is given."""
+    counts = {k: v for k, v in fields.items() if is_int(v) and v > 0}
+    groups = [k for k in counts if names.EXPERT_GROUPS.search(k)]
+    given = [v for k, v in counts.items() if names.TOP_K.search(k) and k not in groups]
+    number = min([2, *given])
+    chosen: dict[str, Any] = {k: number for k in counts if names.EXPERTS.search(k) or names.TOP_K.search(k)}
+    for name, value in fields.items():
+        if isinstance(value, (list, tuple)) and names.EXPERTS.search(name):
+            chosen[name] = type(value)(number for _ in value)
+    return chosen | dict.fromkeys(groups, 1)
+
+
+def _cut(part: PretrainedConfig, fields: dict[str, Any], wanted: int, least: int = 2) -> dict[str, Any]:
     key = names.find(part, fields, "num_hidden_layers")
     counts = {k: v for k, v in fields.items() if is_layer_count(k) and is_int(v) and v > 0}
     key = key or next(iter(counts), None)
     if key is None or fields[key] < 1:
         return {k: type(v)(min(x, 1) for x in v) for k, v in fields.items() if k == "depths" and v}
     total = fields[key]
-    new = cut_layers(fields, total, keep_layers(fields, total, wanted))
+    new = cut_layers(fields, total, keep_layers(fields, total, wanted, least))
     stack = fields.get("num_layers_per_stack")
     if stack and stack != total and total % stack == 0:  # so many stacks of layers
         new[key] = total // stack * new["num_layers_per_stack"]
@@ -92,6 +140,8 @@ def _bound_outputs(
         for name, value in old[id(part)].items():
             if kept and is_layer_output(name) and "patch_size" not in old[id(part)] and value is not None:
                 new[id(part)][name] = bound_output(value, kept)
+            elif kept and is_layer_map(name) and value:
+                new[id(part)][name] = [[bound_output(output, kept), i % 2] for i, (output, _) in enumerate(value[-2:])]
 
 
 def _counts(
@@ -107,7 +157,11 @@ def _counts(
         elif isinstance(value, (list, tuple)) and names.GRID.search(name) and len(value) == 2:
             new[name] = list(_GRID)
             new.update({k: math.prod(_GRID) for k, v in fields.items() if names.POSITIONS.search(k)})
-        if not is_int(value) or value <= 0 or name in chosen or name in new:
+        if not is_int(value) or value <= 0:
+            continue
+        if names.is_width(name) and value == _deepest(fields):
+            new[name] = _deepest({**fields, **chosen, "base_channels": min(fields["base_channels"], _BASE)})
+        if name in chosen or name in new:
             continue
         if names.VOCABULARY.search(name):
             new[name] = vocab_size if value == whole_vocabulary else min(value, vocab_size)
@@ -118,7 +172,7 @@ def _counts(
         elif names.QUERIES.search(name):
             new[name] = min(value, 4)
         elif name == "base_channels":
-            new[name] = min(value, 32)  # normalised in 32 groups
+            new[name] = min(value, _BASE)
         elif name == "topk_group":
             new[name] = 1
         elif names.CHUNK.search(name) or (names.WINDOW.search(name) and "patch_size" not in fields):
@@ -126,6 +180,12 @@ def _counts(
         elif names.POSITIONS.search(name) and not scaled:
             new[name] = min(value, _POSITIONS)
     return new
+
+
+def _deepest(fields: dict[str, Any]) -> int | None:
+    """Channels of the last level of an image tokenizer, which widens from level to level."""
+    base, multipliers = fields.get("base_channels"), fields.get("channel_multiplier")
+    return base * multipliers[-1] if is_int(base) and multipliers else None
 
 
 def _token_table(parts: Any, vocab_size: int) -> dict[int, int]:
@@ -157,4 +217,4 @@ def _as_dict(config: PretrainedConfig, new: dict[int, dict[str, Any]]) -> dict[s
     return data
 
 
-__all__ = ["tiny_twin"]
+__all__ = ["one_block_each", "tiny_twin"]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_automodel._transformers import twin_fields as names
+from nemo_automodel._transformers.twin_codes import image_id
 from nemo_automodel._transformers.twin_pixels import image_inputs
 
 _IMAGE_TOKEN = ("image_token_id", "image_token_index", "image_patch_id", "image_token", "video_token_index")
@@ -56,7 +57,7 @@ def _fit(
 ) -> dict[str, Any]:
     """``batch`` with as many image tokens as the model makes features of ``images``, and the arguments that follow."""
     config: Any = model.config
-    token = _first_token(config, _IMAGE_TOKEN)
+    token = image_id(config) or _first_token(config, _IMAGE_TOKEN)
     if token is not None:
         count = _features_per_row(model, {**_extras(config, accepted, batch, None, rows), **images}, rows)
         if count is None:
@@ -81,10 +82,10 @@ def _with_image_tokens(config: Any, batch: dict[str, Any], token: int, count: in
 
 def _features_per_row(model: nn.Module, images: dict[str, Tensor], rows: int) -> int | None:
     """How many image features the model makes of each row's image; None where it has no method that tells."""
-    owner = next((m for m in model.modules() if hasattr(m, "get_image_features")), None)
-    if owner is None or not images:
+    kinds = ("get_image_features", "get_video_features")
+    method: Any = next((getattr(m, kind) for kind in kinds for m in model.modules() if hasattr(m, kind)), None)
+    if method is None or not images:
         return None
-    method: Any = owner.get_image_features
     wanted = inspect.signature(method).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in wanted.values())
     inputs = {

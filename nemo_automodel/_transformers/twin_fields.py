@@ -16,13 +16,14 @@ HEAD_DIM = re.compile(r"(head_dim|d_head|dim_head|d_kv|kv_channels|headdim|head_
 GROUPS = re.compile(r"(n_groups|o_groups|^num_groups|ngroups)$")
 EXPERTS = re.compile(r"^(num_experts|n_routed_experts|num_local_experts|moe_num_experts|zero_expert_num|n_experts)$")
 TOP_K = re.compile(r"(experts_per_tok(en)?|moe_top_?k|moe_k|^top_?k(_experts)?|^n_group|num_expert_group)$")
+EXPERT_GROUPS = re.compile(r"^(n_group|num_expert_group|topk_group)s?$")
 QUERIES = re.compile(r"^(latent_query_num|num_query_tokens|num_latents|resampler_n_latents|resampler_num_latents)$")
 WINDOW = re.compile(r"(sliding_window|attention_window|window_size|local_attention|window_len|window_length)$")
 CHUNK = re.compile(r"(chunk_size|chunk_length|index_topk|_budget|index_block_size|compress_rates?|index_kpool)$")
 VOCABULARY = re.compile(r"vocab(_size)?(_\w+)?$|^num_embeddings$|codebook_size")
 POSITIONS = re.compile(r"^(max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|context_length)$")
 WIDTH = re.compile(
-    r"(size|sizes|dim|width|rank|channels?|channel_size|d_model|d_ff|dff|inner|ffn|embd|hidden|intermediate|d_ssm"
+    r"(size|sizes|dims?|width|rank|channels?|channel_size|d_model|d_ff|dff|inner|ffn|embd|hidden|intermediate|d_ssm"
     r"|features|input_feat_size)$|^(mlp_hidden|hidden_size|projection|intermediate|ffn)"
 )
 NOT_WIDTH = re.compile(
@@ -31,6 +32,8 @@ NOT_WIDTH = re.compile(
 )
 IMAGE_TOKEN = re.compile(r"^(image_token_id|image_token_index|video_token_id|video_token_index|audio_token_id)$")
 GRID = re.compile(r"^axial_pos_shape$")
+CODES = re.compile(r"^(num_embeddings|codebook_size)$")
+CODE_NAMES = re.compile(r"^vocabulary_map$")
 _TOKEN = re.compile(r"(token_ids?|token_index|im_\w+_id|image_patch_id|lang_id|suppress_tokens|unk_index|mask_index)$")
 
 

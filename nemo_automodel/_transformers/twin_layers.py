@@ -27,6 +27,11 @@ def is_layer_output(name: str) -> bool:
     return bool(_OUTPUT.search(name))
 
 
+def is_layer_map(name: str) -> bool:
+    """Whether a field of this name lists outputs of a tower, each with the decoder's layer that it is added to."""
+    return name.endswith("stack_layer_map")
+
+
 def bound_output(layer: Any, kept: int) -> Any:
     """A layer's output (or several), counted from the end where negative, moved within a model of ``kept`` layers.
 
@@ -41,8 +46,10 @@ def bound_output(layer: Any, kept: int) -> Any:
     return type(layer)(bounded)
 
 
-def keep_layers(fields: Mapping[str, Any], total: int, wanted: int) -> list[int]:
+def keep_layers(fields: Mapping[str, Any], total: int, wanted: int, least: int = 2) -> list[int]:
     """Indices of the layers to keep, in order: of each kind of layer the first ``wanted``, fewer of many kinds.
+
+    At least ``least`` of them are kept.
 
     Two layers are of one kind where every layer-wise field says the same of them. A pattern that repeats (a list of
     kinds shorter than the model, a period) is kept whole.
@@ -58,7 +65,7 @@ def keep_layers(fields: Mapping[str, Any], total: int, wanted: int) -> list[int]
         wanted = max(wanted, 4 // len(kinds))
     each = wanted if len(kinds) <= 3 else 1
     kept = sorted(i for found in kinds.values() for i in found[:each])
-    return kept if len(kept) > 1 else list(range(min(total, 2)))
+    return kept if len(kept) >= least else list(range(min(total, least)))
 
 
 def cut_layers(fields: Mapping[str, Any], total: int, kept: list[int]) -> dict[str, Any]:
@@ -141,4 +148,4 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-__all__ = ["bound_output", "cut_layers", "is_layer_count", "is_layer_output", "keep_layers"]
+__all__ = ["bound_output", "cut_layers", "is_layer_count", "is_layer_map", "is_layer_output", "keep_layers"]

@@ -43,7 +43,8 @@ class _Eye:
     def __init__(self, config: PretrainedConfig) -> None:
         parts = names.parts_of(config)
         see = [p for p in parts if hasattr(p, "patch_size")] or parts
-        self.patch = side_of(_get(see, "patch_size")) or 1
+        halvings = len(_get(parts, "channel_multiplier") or [1]) - 1
+        self.patch = side_of(_get(see, "patch_size")) or 2**halvings
         merges = (_get(see, "spatial_merge_size"), _get(parts, "spatial_merge_size"), _get(see, "merge_kernel_size"))
         self.merge = next((side_of(m) for m in (*merges, _get(parts, "merge_size")) if m is not None), None) or 2
         self.frames = _get(see, "temporal_patch_size") or _get(see, "patch_temporal") or 1
@@ -77,6 +78,8 @@ def _grids(eye: _Eye, accepted: set[str], rows: int, random: Any) -> Iterator[di
     yield {"pixel_values": random(n, eye.channels, patch, patch), **sizes}
     yield {"pixel_values": random(1, n, eye.channels, patch, patch), **sizes}
     yield {"pixel_values": random(n, patch, patch, eye.channels * eye.frames), **sizes}
+    merged = eye.merge * patch  # grids may count patches merged already
+    yield {"pixel_values": random(n, merged, merged, eye.channels), **sizes}
 
 
 def _positions(eye: _Eye, accepted: set[str], rows: int, random: Any) -> Iterator[dict[str, Tensor]]:
@@ -144,12 +147,33 @@ def _crops(eye: _Eye, accepted: set[str], rows: int, random: Any) -> Iterator[di
         return
     yield {
         "pixel_values": random(rows, 1, eye.channels, eye.size, eye.size),
-        "pixel_attention_mask": torch.ones(rows, 1, eye.size, eye.size, dtype=torch.long),
+        "pixel_attention_mask": torch.ones(rows, 1, eye.size, eye.size, dtype=torch.bool),
     }
+    for kind in (torch.bool, torch.long):
+        yield {
+            "pixel_values": random(rows, 1, eye.channels, eye.size, eye.size),
+            "pixel_attention_mask": torch.ones(rows, 1, dtype=kind),
+        }
+
+
+def _pooled(eye: _Eye, accepted: set[str], rows: int, random: Any) -> Iterator[dict[str, Tensor]]:
+    """Patches of a square each, and for each token of the text the patches that it pools."""
+    if "image_token_pooling" not in accepted:
+        return
+    side = eye.size // eye.patch
+    places = torch.arange(rows * side * side).reshape(rows, side, side)
+    blocks = places[:, : side // 2 * 2, : side // 2 * 2].unfold(1, 2, 2).unfold(2, 2, 2)  # [rows, h, w, 2, 2]
     yield {
-        "pixel_values": random(rows, 1, eye.channels, eye.size, eye.size),
-        "pixel_attention_mask": torch.ones(rows, 1, dtype=torch.long),
+        "pixel_values": random(rows, side * side, eye.channels * eye.patch**2),
+        "image_token_pooling": blocks.reshape(-1, 4),
+        "image_grids": torch.tensor([[side // 2, side // 2, 0, 0]] * rows),
+        "image_num_crops": torch.ones(rows, dtype=torch.long),
     }
+
+
+def _cubes(eye: _Eye, accepted: set[str], rows: int, random: Any) -> Iterator[dict[str, Tensor]]:
+    """Patches with their channels last, one or several frames each."""
+    yield {"pixel_values": random(4 * rows, eye.frames, eye.patch, eye.patch, eye.channels)}
 
 
 def _squares(eye: _Eye, accepted: set[str], rows: int, random: Any) -> Iterator[dict[str, Tensor]]:
@@ -162,7 +186,18 @@ def _squares(eye: _Eye, accepted: set[str], rows: int, random: Any) -> Iterator[
     yield {"pixel_values": random(rows, (eye.size // eye.patch) ** 2, eye.channels * eye.patch**2)}
 
 
-_CONVENTIONS = (_grids, _positions, _flattened, _target_sizes, _tiles, _aspect_ratios, _crops, _squares)
+_CONVENTIONS = (
+    _grids,
+    _positions,
+    _flattened,
+    _target_sizes,
+    _tiles,
+    _aspect_ratios,
+    _pooled,
+    _crops,
+    _squares,
+    _cubes,
+)
 
 
 def _get(parts: list[PretrainedConfig], name: str) -> Any:

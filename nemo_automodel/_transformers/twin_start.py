@@ -16,7 +16,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImage
 from nemo_automodel._transformers import compat
 from nemo_automodel._transformers import twin_fields as names
 from nemo_automodel._transformers.tiny_twin import tiny_twin
+from nemo_automodel._transformers.twin_codes import name_codes
+from nemo_automodel._transformers.twin_layers import is_layer_map
 
+_WINDOW_MASK = '"sliding_attention": create_sliding_window_causal_mask('  # made whatever layers there are
 _KINDS = ("full_attention", "linear_attention", "conv", "sliding_attention")
 
 
@@ -30,6 +33,7 @@ def start_config(model_type: str, *, causal: bool) -> PretrainedConfig:
         _add_missing_parts(part)
     for part in names.parts_of(config):
         complete(part, source)
+        name_codes(part, names.parts_of(config), source)
     text = names.text_part(config)
     if causal and getattr(text, "is_decoder", None) is False:
         text.is_decoder = True
@@ -51,7 +55,7 @@ def _complete_tokens(config: PretrainedConfig, text: PretrainedConfig, source: s
     vocab_size = getattr(text, "vocab_size", 1000)
     unset = [k for k in vars(config) if names.IMAGE_TOKEN.search(k) and getattr(config, k) is None]
     read = set(re.findall(r"self\.config\.(\w+_token_id)\b", source))
-    missing = [name for name in sorted(read) if not hasattr(config, name)]
+    missing = [name for name in sorted(read) if not hasattr(config, name) and not unset]
     for i, name in enumerate(unset + missing):
         setattr(config, name, vocab_size - 1 - i)
 
@@ -70,8 +74,19 @@ def _fit_towers(config: PretrainedConfig, text: PretrainedConfig) -> None:
                 setattr(part, name, hidden)
         if names.is_int(fields.get("embed_dim")) and names.is_int(fields.get("hidden_size")) and "patch_size" in fields:
             part.hidden_size = hidden  # its own width is embed_dim
+        if fields.get("downsample_channels"):
+            _widen_next(config, part, fields["downsample_channels"][-1])
         if "vision_output_dim" in fields and "projector_output_dim" in fields:
             part.vision_output_dim = fields["projector_output_dim"]
+
+
+def _widen_next(config: PretrainedConfig, tower: PretrainedConfig, width: int) -> None:
+    """Make what stands beside ``tower`` as wide as what ``tower`` puts out."""
+    for part in names.parts_of(config):
+        beside = [v for v in vars(part).values() if isinstance(v, PretrainedConfig)]
+        for other in beside if any(v is tower for v in beside) else ():
+            if other is not tower and names.is_int(getattr(other, "hidden_size", None)):
+                other.hidden_size = width
 
 
 def complete(part: PretrainedConfig, source: str) -> None:
@@ -81,6 +96,8 @@ def complete(part: PretrainedConfig, source: str) -> None:
     for name, value in fields.items():
         if name.startswith("clip_") and value is None:
             setattr(part, name, 8.0)
+        elif value is None and is_layer_map(name):
+            setattr(part, name, [[-2, 0], [-1, 1]])
         elif value is None and heads and (filled := _missing(name, fields, hidden, heads)) is not None:
             setattr(part, name, filled)
     layers = names.find(part, fields, "num_hidden_layers")
@@ -89,7 +106,8 @@ def complete(part: PretrainedConfig, source: str) -> None:
     if layers and "mlp_layer_types" in fields and fields["mlp_layer_types"] is None:
         part.mlp_layer_types = ["dense"] + ["sparse"] * (fields[layers] - 1)
     kinds = getattr(part, "layer_types", None)
-    if kinds and "sliding_attention" in kinds and getattr(part, "sliding_window", None) is None:
+    slides = (kinds and "sliding_attention" in kinds) or _WINDOW_MASK in source
+    if slides and "layer_types" in fields and getattr(part, "sliding_window", None) is None:
         part.sliding_window = 512
     if "rope_parameters" in fields and fields["rope_parameters"] == {} and kinds:
         part.rope_parameters = {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in set(kinds)}

@@ -20,13 +20,14 @@ from nemo_automodel.components.attention import function
 
 logger = logging.getLogger(__name__)
 
-_PASSES_WINDOW = "_automodel_passes_window"
+PASSES_WINDOW = "_automodel_passes_window"
+"""Set on a model that was tried for windows: whether every layer hands its own on."""
 _TOKENS = 4
 
 
 def passes_window(model: nn.Module) -> bool:
     """What ``find_window`` found; False, which is always right, for a model that was not tried."""
-    return bool(model.__dict__.get(_PASSES_WINDOW, False))
+    return bool(model.__dict__.get(PASSES_WINDOW, False))
 
 
 def find_window(model: nn.Module) -> None:
@@ -34,7 +35,7 @@ def find_window(model: nn.Module) -> None:
 
     Call it on a whole model, before it is sharded or compiled.
     """
-    model.__dict__[_PASSES_WINDOW] = False
+    model.__dict__[PASSES_WINDOW] = False
     if compat.window_size(model) is None or compat.attention_name(model) != function.NAME:
         return
     try:
@@ -42,7 +43,7 @@ def find_window(model: nn.Module) -> None:
     except Exception as error:  # any model may want more than token ids; dense masks are right for it
         logger.info("%s: its windows are put into dense masks (a trial failed: %s)", type(model).__name__, error)
         return
-    passes = model.__dict__[_PASSES_WINDOW] = bool(calls) and all(asked == given for asked, given in calls)
+    passes = model.__dict__[PASSES_WINDOW] = bool(calls) and all(asked == given for asked, given in calls)
     if not passes:
         logger.warning(
             "%s: sliding windows are kept by a dense mask, which is slower, because its layers do not hand them to the "

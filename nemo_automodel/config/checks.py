@@ -32,7 +32,7 @@ CONFLICTS = (
 def check_values(calls: Calls, file: str) -> list[str]:
     """Every problem of these kinds, as messages."""
     checks: tuple[Callable[[Calls, str], Iterator[str]], ...] = (
-        _numbers, _dtypes, _batch, _mesh, _warmup, _conflicts, _merged, _output, _restore,
+        _numbers, _dtypes, _batch, _mesh, _warmup, _conflicts, _merged, _quantized, _output, _restore,
     )  # fmt: skip
     return [problem for check in checks for problem in check(calls, file)]
 
@@ -120,6 +120,25 @@ def _merged(calls: Calls, file: str) -> Iterator[str]:
     if call is not None and _value(call, "save_merged") is True and calls.get("peft") is None:
         node, path = _written(call, "save_merged")
         yield _message(node, path, "there are no adapters to merge, since there is no `peft` section", "leave it out")
+
+
+def _quantized(calls: Calls, file: str) -> Iterator[str]:
+    """What a base in four bits cannot do; its weights are never saved, so the adapter needs a base that has a name."""
+    call, model = calls.get("quantization"), calls.get("model")
+    if call is None or not _value(call, "load_in_4bit"):
+        return
+    node, path = _written(call, "load_in_4bit")
+    if calls.get("peft") is None:
+        yield _message(node, path, "four bits are for the frozen base of a LoRA run", "add a `peft` section")
+    if calls.get("fp8") is not None and _value(calls["fp8"], "enabled") is not False:
+        yield _message(node, path, "a weight is computed in FP8 or kept in four bits, not both", "leave `fp8` out")
+    if _value(calls.get("checkpoint"), "save_merged") is True:
+        node_merged, path_merged = _written(calls["checkpoint"], "save_merged")  # type: ignore[arg-type]
+        problem = "weights in four bits are not merged into"
+        fix = "leave it out, and run automodel merge afterwards"
+        yield _message(node_merged, path_merged, problem, fix)
+    if model is not None and model.target.endswith(".from_config"):
+        yield _message(node, path, "fresh weights have no name to load them from again", "use from_pretrained")
 
 
 def _output(calls: Calls, file: str) -> Iterator[str]:

@@ -48,7 +48,7 @@ LLM: dict[str, Section] = {
     "model": Section(
         "The model: which autoclass, which checkpoint or config.",
         target=MODEL,
-        offered=("peft", "distributed", "compile", "packed", "fp8", "freeze"),
+        offered=("peft", "distributed", "compile", "packed", "fp8", "quantization", "freeze"),
         needed=("distributed",),
         presence=Presence.REQUIRED,
     ),
@@ -140,6 +140,17 @@ LLM: dict[str, Section] = {
     "fp8": Section(
         "Frozen weights computed with in FP8; absent = in the model's dtype.",
         target="nemo_automodel.components.quantization.fp8.Fp8Config",
+        presence=Presence.OPTIONAL,
+    ),
+    "certificate": Section(
+        "The proof, before the first step, that the run computes what plain transformers does. `--certificate off`, "
+        "`warn` or `strict` is short for its `mode`.",
+        target="nemo_automodel._transformers.certificate.Certificate",
+        offered=("config",),
+    ),
+    "quantization": Section(
+        "Frozen weights kept in four bits (QLoRA); absent = in the model's dtype.",
+        target="nemo_automodel.components.quantization.nf4.QuantizationConfig",
         presence=Presence.OPTIONAL,
     ),
     "loggers": Section(

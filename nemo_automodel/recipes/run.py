@@ -25,7 +25,7 @@ from nemo_automodel.recipes.ending import run_to_end
 DOMAINS = ("llm", "vlm")
 _FLAGS = ("--help", "-h", "--print-config")
 _OF_THE_COMMAND = ("--nproc-per-node", "--nnodes", "--rdzv-endpoint", "--rdzv-id")
-_VALUED = {"-c": "recipe.yaml", "--config": "recipe.yaml", "--allow-target": "my_package"}
+_VALUED = {"-c": "recipe.yaml", "--config": "recipe.yaml", "--allow-target": "my_package", "--certificate": "strict"}
 
 
 def run_recipe(domain: str, argv: Sequence[str], main: Callable[[Config], Any] | None = None) -> int:
@@ -75,6 +75,7 @@ def _prepare(domain: str, argv: Sequence[str]) -> list[Config]:
     if len(files) != 1:
         problem = "given more than once" if files else "missing"
         raise ConfigError(f"automodel finetune {domain}: -c is {problem}; write -c recipe.yaml")
+    overrides += [f"--certificate.mode={mode}" for mode in options.get("--certificate", ())]
     config = load(files[0], overrides, options.get("--allow-target", ()), recipe=domain)
     if "--print-config" in options:
         print(dump(config.resolved()), end="")

@@ -105,7 +105,7 @@ def test_a_failing_or_hanging_rank_ends_the_other_and_is_named(root, fault):
     start = time.monotonic()
     result = torchrun(
         str(ROOT / "tests" / "ranks" / "faulty.py"), 2, "-c", workspace.recipe, "--step_scheduler.local_batch_size=2",
-        f"--checkpoint.checkpoint_dir={workspace.path}/out", "--dist_env.timeout_minutes=0.25",
+        f"--checkpoint.checkpoint_dir={workspace.path}/out", "--dist_env.timeout_minutes=0.5",
         check=False, env={"FAULT": fault, "FAULT_RANK": "1"},
     )  # fmt: skip
     assert result.returncode

@@ -54,6 +54,8 @@ def test_every_example_runs(materials, tmp_path, example):
     from nemo_automodel.recipes.llm.finetune import main
 
     config = yaml.safe_load(example.read_text())
+    if "quantization" in config:
+        pytest.importorskip("bitsandbytes")
     family = "qwen3" if "qwen3" in str(example) else "llama"
     overrides = [
         f"--model.pretrained_model_name_or_path={materials / family}",

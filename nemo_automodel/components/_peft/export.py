@@ -15,6 +15,7 @@ from nemo_automodel.components._peft.linear import (
     low_rank_sum,
     stored,
 )
+from nemo_automodel.errors import ModelError
 
 PREFIX = "base_model.model."
 _AT_ONCE = 2**24  # numbers of a weight that are summed in fp32 at a time
@@ -50,6 +51,7 @@ def merged_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     Each sum is made in fp32, one weight at a time, and cast to the base's dtype; the model itself is not changed.
     Sharded weights stay sharded. A collective where the model is sharded.
     """
+    _require_whole_weights(model)
     merged = {f"{name}.weight": layer for name, layer in lora_layers(model)}
     tensors: dict[str, torch.Tensor] = {}
     for raw_key, tensor in model.state_dict().items():
@@ -62,7 +64,16 @@ def merged_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def weight_merges(model: nn.Module) -> dict[str, tuple[dict[str, torch.Tensor], Callable[..., torch.Tensor]]]:
     """For each adapted weight of ``model``: its adapter's tensors, and the function of it and them that is the sum."""
+    _require_whole_weights(model)
     return {f"{name}.weight": _merge_of(layer) for name, layer in lora_layers(model)}
+
+
+def _require_whole_weights(model: nn.Module) -> None:
+    if any(layer._parameters["weight"] is None for _, layer in lora_layers(model)):
+        raise ModelError(
+            "the adapters cannot be merged into weights that are kept in four bits; save the adapter alone, and merge it "
+            "into the whole model with automodel merge"
+        )
 
 
 def _merge_of(layer: LoRALinear) -> tuple[dict[str, torch.Tensor], Callable[..., torch.Tensor]]:

@@ -94,5 +94,5 @@ class ParallelExperts(Sharded):
         gradients (of zero) to sum with the others'."""
         tokens = torch.cat([tokens, tokens.new_zeros(1, tokens.shape[1])])
         experts = torch.cat([experts, experts.new_zeros(1)])[:, None]
-        values = (tokens, experts, tokens.new_ones(len(tokens), 1))
-        return super().forward(**dict(zip(self.ep_names, values, strict=True)))[:-1]  # type: ignore[misc]
+        # By position: transformers hands the call on to a function whose parameters may have other names.
+        return super().forward(tokens, experts, tokens.new_ones(len(tokens), 1))[:-1]  # type: ignore[misc]

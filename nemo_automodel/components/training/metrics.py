@@ -264,7 +264,8 @@ def peak_memory_gib(device: torch.device) -> float:
 
 def describe_run(model: nn.Module, loss_fn: Any, env: Any, schedule: Any) -> list[str]:
     """The lines printed once before the first step: model, loss, device and plan. Of the data the loader has spoken."""
-    total = sum(p.numel() for p in model.parameters())
+    packed = sum(getattr(module, "packed_parameters", 0) for module in model.modules())  # in four bits: no parameters
+    total = packed + sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad})
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)

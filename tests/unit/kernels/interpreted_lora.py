@@ -134,3 +134,23 @@ def test_layers_use_the_op_and_compile_into_one_graph():
         for (name, ours), theirs in zip(fast.named_parameters(), plain.parameters(), strict=True):
             if ours.requires_grad:
                 assert (ours.grad - theirs.grad).norm() <= 1e-5 * theirs.grad.norm(), name
+
+
+def test_over_a_weight_in_four_bits_it_is_the_same_op_bit_for_bit():
+    pytest.importorskip("bitsandbytes")
+    from nemo_automodel.kernels import nf4
+
+    x, weight, bias, lora_a, lora_b, dy = make((2, 19), 64, 128, 8, torch.bfloat16)
+    packed = nf4.pack(weight, "nf4", nested=True)
+    whole = nf4.unpack(packed, (128, 64), torch.bfloat16, "nf4")
+
+    def over_packed(x, weight, bias, lora_a, lora_b, scale):
+        return nf4.nf4_lora_linear(x, packed, bias, lora_a, lora_b, scale, "nf4")
+
+    expected = outputs(lora_linear, (x, whole, bias, lora_a, lora_b, dy))
+    found = outputs(over_packed, (x, weight, bias, lora_a, lora_b, dy))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    torch.library.opcheck(
+        nf4._lora_forward_op,
+        (x.requires_grad_(), *nf4._parts(packed), bias, lora_a.requires_grad_(), lora_b.requires_grad_(), SCALE, "nf4"),
+    )

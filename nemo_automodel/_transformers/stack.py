@@ -1,0 +1,143 @@
+"""What of ours a run puts in place of plain transformers: the optimisations that a certificate proves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from nemo_automodel._transformers import compat
+from nemo_automodel._transformers.forward import give_up_fusing, keeps_logits
+from nemo_automodel._transformers.packing import PASSES_DOCUMENTS
+from nemo_automodel._transformers.window_trial import PASSES_WINDOW
+from nemo_automodel.components._peft.linear import LoRALinear, adapt, clean_name, lora_layers, stored
+from nemo_automodel.components.attention import function
+from nemo_automodel.components.loss.linear_ce import FusedLinearCrossEntropy
+from nemo_automodel.components.quantization.fp8 import fp8_layers
+from nemo_automodel.kernels.lora import runs_on
+
+ATTENTION = "attention"
+PACKING = "packing"
+LOSS = "fused loss"
+LORA = "LoRA"
+KERNEL = "LoRA kernel"
+CHECKPOINTING = "activation checkpointing"
+FP8 = "FP8"
+
+NEEDS = {PACKING: {ATTENTION}, KERNEL: {LORA}, FP8: {LORA}}
+"""What an optimisation is tried together with: it does nothing, or nothing right, alone."""
+SWITCHES = (ATTENTION, LOSS, KERNEL)
+"""Those that a model can go on without, once it is built."""
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """The LoRA layers of a model, described so that they can be put on a copy with fewer layers."""
+
+    names: frozenset[str]  # of the adapted layers, numbers as *
+    dim: int
+    scale: float
+    dora: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Adapters | None:
+        """Those of ``model``, None where it has none."""
+        layers = list(lora_layers(model))
+        if not layers:
+            return None
+        first = layers[0][1]
+        factor = stored(first.lora_A, "weight")
+        dora = first._parameters["lora_magnitude_vector"] is not None
+        names = frozenset(_generic(name) for name, _ in layers)
+        return cls(names, factor.shape[0], first.lora_scale, dora, factor.dtype)
+
+    def targets(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The layers of ``model``, without adapters yet, that get one."""
+        return [(name, module) for name, module in model.named_modules() if _generic(name) in self.names]
+
+    def put_on(self, model: nn.Module, kernel: bool) -> None:
+        """Freeze ``model`` and adapt it; the adapters' values are not set."""
+        model.requires_grad_(False)
+        for _, module in self.targets(model):
+            adapt(module, self.dim, self.scale, 0.0, "pre", self.dora, "gaussian", self.dtype, kernel)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What a run uses. ``found`` is what trials found out about its model, under the names they keep it by."""
+
+    optimisations: tuple[str, ...]
+    loss_fn: Any
+    checkpointing: str
+    adapters: Adapters | None
+    fp8_features: int
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def without(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Its optimisations but those called ``names``."""
+        return tuple(name for name in self.optimisations if name not in names)
+
+
+def stack_of(model: nn.Module, loss_fn: Any, *, packed: bool, checkpointing: str, device: torch.device) -> Stack:
+    """The stack of a model that is ready to train.
+
+    Args:
+        model: as ``from_pretrained`` returned it, sharded or not.
+        loss_fn: the recipe's loss.
+        packed: whether its batches are packed.
+        checkpointing: ``distributed.activation_checkpointing``.
+        device: where it runs.
+    """
+    adapters = Adapters.of(model)
+    kernel = any(layer.lora_use_triton for _, layer in lora_layers(model)) and runs_on(device.type)
+    quantised = [min(layer.weight.shape) for layer in fp8_layers(model)]
+    used = {
+        ATTENTION: compat.attention_name(model) == function.NAME,
+        PACKING: packed,
+        LOSS: isinstance(loss_fn, FusedLinearCrossEntropy) and not keeps_logits(model),
+        LORA: adapters is not None,
+        KERNEL: kernel,
+        CHECKPOINTING: checkpointing != "off",
+        FP8: bool(quantised),
+    }
+    found = {name: model.__dict__[name] for name in (PASSES_WINDOW, PASSES_DOCUMENTS) if name in model.__dict__}
+    optimisations = tuple(name for name, on in used.items() if on)
+    return Stack(optimisations, loss_fn, checkpointing, adapters, min(quantised, default=0), found)
+
+
+def switch_off(model: Any, name: str, attention: str) -> str:
+    """Let ``model`` go on without the optimisation ``name``, one of ``SWITCHES``; returns what it goes on with.
+
+    ``attention`` is what transformers calls the attention that replaces ours.
+    """
+    if name == ATTENTION:
+        model.set_attn_implementation(attention)
+        return f"transformers' own attention ({attention})"
+    if name == LOSS:
+        give_up_fusing(model)
+        return "a loss over whole logits"
+    for _, layer in lora_layers(model):
+        layer.lora_use_triton = False
+    return "adapters in plain PyTorch"
+
+
+def plain_class(model: nn.Module) -> type[PreTrainedModel] | None:
+    """The transformers class of ``model``, what others put before it left out; None for a model of no such class."""
+    for cls in compat.base_class(model).__mro__:
+        if not issubclass(cls, (FSDPModule, LoRALinear)):
+            return cls if issubclass(cls, PreTrainedModel) else None
+    return None
+
+
+def _generic(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".*", clean_name(name))
+
+
+__all__ = ["Adapters", "Stack", "plain_class", "stack_of", "switch_off"]
