@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.workloads import TARGETS, Workload, fill
-from nemo_automodel.types import IGNORE_INDEX, Batch
+from nemo_automodel.types import Batch
 
 
 @dataclass
@@ -47,8 +47,6 @@ def transformers(
     rows come with positions that restart, from which transformers makes its mask; ``unpacked`` gives a document a row.
     ``weights``: of the layers, ``whole``, ``packed`` in four bits, or ``rounded`` to what four bits leave of them.
     """
-    from transformers import LlamaForCausalLM
-
     if liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
@@ -56,9 +54,9 @@ def transformers(
     autocast = fp32_trained and not workload.lora_rank
     torch.set_default_dtype(torch.float32 if autocast else dtype)
     with device:
-        model: Any = LlamaForCausalLM(workload.config())
+        model: Any = workload.plain_model()
     torch.set_default_dtype(torch.float32)
-    layers = model.model.layers
+    layers = workload.layers(model)
     if dtype == torch.float32:
         model.gradient_checkpointing_enable()
     if weights != "whole":
@@ -78,7 +76,7 @@ def transformers(
         if dtype == torch.float32:
             model.enable_input_require_grads()
         model = get_peft_model(model, config, autocast_adapter_dtype=fp32_trained)
-    fill((name, p) for name, p in model.named_parameters() if id(p) not in in_layers)
+    workload.fill(model, but=in_layers)
     model.train()
     if compiled:
         for layer in layers:
@@ -86,14 +84,9 @@ def transformers(
     params = [p for p in model.parameters() if p.requires_grad]
 
     def forward_backward(batch: Batch) -> torch.Tensor:
-        length = workload.document if unpacked else workload.seq
-        ids = batch["input_ids"].to(device, non_blocking=True).view(-1, length)
-        inputs, labels = {"input_ids": ids}, ids
-        if workload.document and not unpacked:
-            inputs["position_ids"] = batch["position_ids"].to(device, non_blocking=True).view(-1, length)
-            labels = ids.masked_fill(inputs["position_ids"] == 0, IGNORE_INDEX)
+        inputs = workload.plain_inputs(batch, device, unpacked)
         with torch.autocast(device.type, dtype, enabled=autocast):
-            loss = model(**inputs, labels=labels).loss
+            loss = model(**inputs).loss
         loss.backward()
         return loss.detach()
 
@@ -125,7 +118,6 @@ def transformers_with_masters(workload: Workload, device: torch.device) -> Conte
 
 def ours(workload: Workload, device: torch.device, **model_options: Any) -> Contender:
     """This package as its recipe builds it from a YAML without further options."""
-    from nemo_automodel import NeMoAutoModelForCausalLM
     from nemo_automodel._transformers.forward import forward_loss
     from nemo_automodel._transformers.inputs import to_device
     from nemo_automodel.components._peft.lora import PeftConfig
@@ -143,15 +135,11 @@ def ours(workload: Workload, device: torch.device, **model_options: Any) -> Cont
         r = workload.lora_rank
         peft = PeftConfig(**({"match_all_linear": True, "dim": r, "alpha": 2 * r} | peft_options))
     dist = FSDP2Manager(env=DistEnv(device=device.type), activation_checkpointing=checkpointing)
-    model = NeMoAutoModelForCausalLM.from_config(
-        workload.config(None),
-        peft=peft,
-        distributed=dist,
-        compile=CompileConfig(),
-        packed=workload.document is not None,
-        **model_options,
+    auto_class, options = workload.our_model()
+    model = auto_class.from_config(
+        workload.config(None), peft=peft, distributed=dist, compile=CompileConfig(), **(options | model_options)
     )
-    fill(model.named_parameters())
+    workload.fill(model)
     model.train()
     loss_fn, clipper = FusedLinearCrossEntropy(), GradClipper()
     params = [p for p in model.parameters() if p.requires_grad]
@@ -266,6 +254,11 @@ ONLY_IN: dict[str, dict[str, Builder]] = {
         "ours": ours,
         PURE_BF16: lambda w, d: ours(w, d, master_dtype="bfloat16"),
     },
+    "D": {
+        FP32_MASTERS: transformers_with_masters,
+        "ours": ours,
+        PURE_BF16: lambda w, d: ours(w, d, master_dtype="bfloat16"),
+    },
 }
 FOUR_BITS: dict[str, Builder] = {
     "transformers + Liger, 4 bits": transformers_4bit,
@@ -294,7 +287,8 @@ NEEDS_GPU = ("Liger", "compiled")
 
 def contenders(workload: str, cpu: bool) -> dict[str, Builder]:
     """Those that can take part in ``workload``, by name."""
-    found = PEERS | ONLY_IN[workload]
+    peers = {name: build for name, build in PEERS.items() if workload != "D" or "Liger" not in name}
+    found = peers | ONLY_IN[workload]  # Liger's patch is for llamas
     return {name: build for name, build in found.items() if not (cpu and any(word in name for word in NEEDS_GPU))}
 
 

@@ -27,7 +27,11 @@ import torch
 
 from benchmarks.common import covered, write
 from benchmarks.contenders import REFERENCE, Contender, build, contenders, curve_of
-from benchmarks.workloads import WORKLOADS, Workload, batches, canonical, model_flops, tiny
+from benchmarks.vision import D
+from benchmarks.workloads import WORKLOADS as TEXT_WORKLOADS
+from benchmarks.workloads import Workload, canonical
+
+WORKLOADS = TEXT_WORKLOADS | {"D": D}
 
 LOSS_TOLERANCE = 2e-3  # of step 0, absolute
 NORM_TOLERANCE = 0.02  # of the gradient norm, relative
@@ -48,7 +52,7 @@ def measure(name: str, workload: Workload, device: torch.device, warmup: int, st
     _reset_peak(device)
     contender = build(name, workload, device)
     built_peak = _peak_gib(device)
-    data = batches(workload)
+    data = workload.batches()
     if device.type == "cuda":
         data = [{k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in batch.items()} for batch in data]
         torch.cuda.reset_peak_memory_stats()
@@ -139,7 +143,7 @@ def _speed(workload: Workload, times: list[float]) -> dict[str, float]:
         "step ms": round(median, 1),
         "spread ms": round(quarters[2] - quarters[0], 2),
         "tok/s": round(workload.tokens / median * 1e3),
-        "TFLOP/s": round(model_flops(workload) / median / 1e9, 1),
+        "TFLOP/s": round(workload.flops() / median / 1e9, 1),
     }
 
 
@@ -251,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.measure:
         workload = WORKLOADS[arguments.workloads[0]]
-        workload, device = (tiny(workload), "cpu") if arguments.cpu else (workload, "cuda")
+        workload, device = (workload.tiny(), "cpu") if arguments.cpu else (workload, "cuda")
         found = measure(
             arguments.measure,
             workload,

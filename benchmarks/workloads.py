@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,6 +38,48 @@ class Workload:
 
         extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         return LlamaConfig(**self.shape, use_cache=False, **extra)
+
+    def plain_model(self) -> Any:
+        """transformers' own model (call it where its memory is to be)."""
+        from transformers import LlamaForCausalLM
+
+        return LlamaForCausalLM(self.config())
+
+    def layers(self, model: Any) -> Any:
+        """The decoder layers of ``plain_model``."""
+        return model.model.layers
+
+    def our_model(self) -> tuple[Any, dict[str, Any]]:
+        """Our autoclass, and what our recipe hands it for this workload."""
+        from nemo_automodel import NeMoAutoModelForCausalLM
+
+        return NeMoAutoModelForCausalLM, {"packed": self.document is not None}
+
+    def plain_inputs(self, batch: Batch, device: torch.device, unpacked: bool = False) -> dict[str, Any]:
+        """``batch`` as transformers' model takes it: rows whose positions restart, or (``unpacked``) a document a row."""
+        ids = batch["input_ids"].to(device, non_blocking=True)
+        if not self.document or unpacked:
+            ids = ids.view(-1, self.document or self.seq)
+            return {"input_ids": ids, "labels": ids}
+        ids = ids.view(-1, self.seq)
+        positions = batch["position_ids"].to(device, non_blocking=True).view(-1, self.seq)
+        return {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, IGNORE_INDEX)}
+
+    def batches(self, count: int = 4) -> list[Batch]:
+        """``count`` batches, the same for every contender."""
+        return batches(self, count)
+
+    def fill(self, model: nn.Module, but: Collection[int] = ()) -> None:
+        """Give every parameter of ``model``, ``but`` those of these ids, the values that all contenders have."""
+        fill((name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in but)
+
+    def flops(self) -> float:
+        """FLOPs of a forward and backward."""
+        return model_flops(self)
+
+    def tiny(self) -> Workload:
+        """The same kind of workload, small enough for a CPU in CI."""
+        return tiny(self)
 
 
 LLAMA_8B = {

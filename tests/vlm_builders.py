@@ -20,7 +20,8 @@ _PARTS = (
 )
 
 
-def _turns(image: str, bos: bool = False) -> str:
+def turns(image: str, bos: bool = False) -> str:
+    """A chat template that goes through the parts of messages, ``image`` standing for each image."""
     parts = _PARTS.replace("IMAGE_HERE", image)
     return (
         ("{{ bos_token }}" if bos else "")
@@ -152,7 +153,7 @@ def write_processor(family: str, directory: Path) -> PreTrainedTokenizerFast:
     path.write_text(json.dumps({**json.loads(path.read_text()), **made.get("image_fields", {})}))
     (directory / "processor_config.json").write_text(json.dumps({"processor_class": name, **fields}))
     if made["image"] is not None:
-        (directory / "chat_template.jinja").write_text(_turns(made["image"], made.get("bos", False)))
+        (directory / "chat_template.jinja").write_text(turns(made["image"], made.get("bos", False)))
     return tokenizer
 
 
@@ -181,5 +182,8 @@ def write_vlm(family: str, directory: Path, **over: Any) -> Path:
     tokenizer = write_processor(family, directory)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(tiny_vlm_config(family, tokenizer, **over), dtype=torch.float32)
+    for parameter in model.parameters():  # a projector that starts at zero would let no image through
+        if parameter.ndim > 1 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
     model.save_pretrained(directory)
     return directory

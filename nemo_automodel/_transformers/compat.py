@@ -362,6 +362,11 @@ class NoVideos(PushToHubMixin):
     def __init__(self, written: dict[str, Any]):
         self.written = written
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "written":
+            raise AttributeError(name)
+        return self.written.get(name)  # processors read its settings where no video is near, too
+
     def to_dict(self) -> dict[str, Any]:
         """What the checkpoint says of its video part."""
         return self.written
@@ -375,11 +380,11 @@ def image_only_processor(cls: Any, name: str, **source: Any) -> Any:
     values, rest = cls.get_processor_dict(name, **source)
     autos: dict[str, Any] = {"tokenizer": AutoTokenizer, "image_processor": AutoImageProcessor}
     written = values.get("video_processor")
-    if written is None:
-        path = cached_file(name, VIDEO_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False, **source)
-        written = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    for file in (VIDEO_PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME):  # older checkpoints say both in one file
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **source)
+        written = written or (json.loads(Path(path).read_text(encoding="utf-8")) if path else None)
     arguments = [
-        NoVideos(written) if "video" in part else autos[part].from_pretrained(name, **source)
+        NoVideos(written or {}) if "video" in part else autos[part].from_pretrained(name, **source)
         for part in cls.get_attributes()
     ]
 

@@ -7,6 +7,7 @@ insist on a video part, which needs it, is built for images only (that is said).
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,8 @@ def _load(name: str, source: dict[str, Any]) -> Any:
     try:
         try:
             processor = patiently(lambda: AutoProcessor.from_pretrained(place, **source), what)
-        except (ImportError, ValueError) as error:
-            if "torchvision" not in str(error).lower() and not isinstance(error, ImportError):
+        except (ImportError, ValueError, OSError) as error:
+            if not isinstance(error, ImportError) and not re.search("torchvision|video processor", str(error)):
                 raise
             processor = _for_images_only(place, source, error)
     except AutoModelError:

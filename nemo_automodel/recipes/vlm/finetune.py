@@ -68,6 +68,7 @@ def main(cfg: Config) -> int:
         compile=cfg.compile.instantiate(),
         packed=packing.packed_sequence_size > 0,
         fp8=cfg.fp8.instantiate(),  # None without the section: computed in the model's dtype
+        quantization=cfg.quantization.instantiate(),  # None without the section: frozen weights stay as they are
         freeze=cfg.freeze.instantiate(),  # the vision tower and the embeddings, if the section does not say
     )
     check_data_fits(model, tokenizer, dataset=train_data, validation_dataset=val_data)
@@ -81,7 +82,11 @@ def main(cfg: Config) -> int:
     guard = cfg.non_finite.instantiate(env=env)
     checkpointer = cfg.checkpoint.instantiate(env=env)
     log = cfg.loggers.instantiate(env=env, config=cfg, schedule=schedule)
+    certificate = cfg.certificate.instantiate(config=cfg)
     cfg.raise_on_unread()
+
+    # --- what is ours computes what plain transformers does, or is switched off --------------------------------
+    certificate.prove(model, loss_fn, packed=packing.packed_sequence_size > 0, distributed=dist)
 
     fingerprint = {"config": cfg.resolved(), "data": getattr(loader, "fingerprint", None)}
     state = TrainState(model, processor, peft, optimizer, lr_scheduler, schedule, rng, fingerprint)

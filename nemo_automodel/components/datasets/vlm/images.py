@@ -27,8 +27,15 @@ def size_of(image: Any, folder: Path | None, where: str) -> tuple[int, int]:
     """(width, height) of ``image`` as ``load_image`` gives it, read from its header alone."""
     opened = _open(image, folder, where)
     width, height = opened.size
-    rotated = opened.getexif().get(_ORIENTATION) in _ROTATED
-    return (height, width) if rotated else (width, height)
+    return (height, width) if _orientation(opened) in _ROTATED else (width, height)
+
+
+def _orientation(opened: Image.Image) -> Any:
+    """EXIF's, from the header: ``getexif`` would decode a whole PNG."""
+    exif = Image.Exif()
+    if isinstance(written := opened.info.get("exif"), bytes):
+        exif.load(written)
+    return exif.get(_ORIENTATION) or dict(getattr(opened, "tag_v2", None) or {}).get(_ORIENTATION)
 
 
 def load_image(image: Any, folder: Path | None, where: str) -> Image.Image:
