@@ -5,6 +5,7 @@ Peers run as their own documentation says, in bf16 throughout, with the same opt
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -295,7 +296,10 @@ NEEDS_GPU = ("Liger", "compiled")
 def contenders(workload: str, cpu: bool) -> dict[str, Builder]:
     """Those that can take part in ``workload``, by name."""
     found = PEERS | ONLY_IN[workload]
-    return {name: build for name, build in found.items() if not (cpu and any(word in name for word in NEEDS_GPU))}
+    missing = NEEDS_GPU if cpu else ()
+    if importlib.util.find_spec("bitsandbytes") is None:
+        missing = (*missing, "int8")
+    return {name: build for name, build in found.items() if not any(word in name for word in missing)}
 
 
 def build(name: str, workload: Workload, device: torch.device) -> Contender:
