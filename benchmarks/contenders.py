@@ -5,6 +5,7 @@ Peers run as their own documentation says, in bf16 throughout, with the same opt
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -289,7 +290,10 @@ def contenders(workload: str, cpu: bool) -> dict[str, Builder]:
     """Those that can take part in ``workload``, by name."""
     peers = {name: build for name, build in PEERS.items() if workload != "D" or "Liger" not in name}
     found = peers | ONLY_IN[workload]  # Liger's patch is for llamas
-    return {name: build for name, build in found.items() if not (cpu and any(word in name for word in NEEDS_GPU))}
+    missing = NEEDS_GPU if cpu else ()
+    if importlib.util.find_spec("bitsandbytes") is None:
+        missing = (*missing, "int8")
+    return {name: build for name, build in found.items() if not any(word in name for word in missing)}
 
 
 def build(name: str, workload: Workload, device: torch.device) -> Contender:

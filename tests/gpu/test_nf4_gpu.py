@@ -51,16 +51,20 @@ def gradients(forward, block, x):
     return [y.detach(), leaf.grad, *(p.grad.clone() for p in block.parameters() if p.requires_grad)]
 
 
+def off(found, expected):
+    """Relative errors of the output, the input's gradient and each parameter's."""
+    return [((a - b).float().norm() / b.float().norm()).item() for a, b in zip(found, expected, strict=True)]
+
+
 @pytest.mark.parametrize("use_triton", [False, True])
 def test_an_adapted_block_computes_what_its_unpacked_weights_give(use_triton):
     x = torch.randn(2, 300, 512, device="cuda", dtype=torch.bfloat16)
     packed, whole = blocks(use_triton)
     expected = gradients(whole, whole, x)
-    for found, wanted in zip(gradients(packed, packed, x), expected, strict=True):
-        assert (found - wanted).norm() <= 1e-3 * wanted.norm()  # sums of the kernels' atomics aside, the same
-    compiled = gradients(torch.compile(packed, fullgraph=True), packed, x)
-    for found, wanted in zip(compiled, expected, strict=True):
-        assert (found - wanted).norm() <= 0.02 * wanted.norm()  # compiled code rounds at other places
+    eager = off(gradients(packed, packed, x), expected)
+    compiled = off(gradients(torch.compile(packed, fullgraph=True), packed, x), expected)
+    assert max(eager) <= 1e-3, eager  # sums of the kernels' atomics aside, the same
+    assert max(compiled) <= 0.02, compiled  # compiled code rounds at other places
 
 
 def test_no_whole_weight_outlives_its_product():

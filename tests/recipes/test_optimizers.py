@@ -28,7 +28,12 @@ def weights(directory):
 
 @pytest.mark.parametrize(
     ("state_dtype", "nproc"),
-    [("bfloat16", 1), ("int8", 1), ("bfloat16", 2), pytest.param("int8", 2, marks=pytest.mark.full)],
+    [
+        ("bfloat16", 1),
+        ("int8", 1),
+        pytest.param("bfloat16", 2, marks=pytest.mark.full),
+        pytest.param("int8", 2, marks=pytest.mark.full),
+    ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, state_dtype, nproc):
     if state_dtype == "int8" and not HAVE_BITSANDBYTES:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from nemo_automodel.config import load
 from nemo_automodel.errors import ConfigError
+from tests.ranks.launch import ROOT, torchrun
 from tests.recipes.workspace import make_workspace
 
 functional = pytest.importorskip("bitsandbytes").functional
@@ -58,3 +59,19 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(tmp_path, options, mes
     workspace = make_workspace(tmp_path, **SIZES)
     with pytest.raises(ConfigError, match=message):
         load(workspace.recipe, ["--quantization.load_in_4bit=true", *options])
+
+
+@pytest.mark.full
+def test_two_ranks_share_the_work_over_whole_packed_bases(tmp_path):
+    workspace = make_workspace(tmp_path, **SIZES)
+    four = [
+        *QLORA,
+        "--step_scheduler.max_steps=4",
+        "--step_scheduler.global_batch_size=4",
+        "--step_scheduler.local_batch_size=2",
+    ]
+    one = workspace.run(*four, out="one")
+    recipe = str(ROOT / "nemo_automodel/recipes/llm/finetune.py")
+    torchrun(recipe, 2, "-c", workspace.recipe, f"--checkpoint.checkpoint_dir={tmp_path / 'two'}", *four)
+    two = workspace.metrics("two")
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-3)

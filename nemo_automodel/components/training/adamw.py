@@ -89,7 +89,11 @@ class AdamW(torch.optim.Optimizer):
             if not self.state[parameter]:
                 self._start(parameter, self.state[parameter])
         if changed:
-            torch._foreach_add_([self.state[p]["step"] for _, _, p in changed], 1 if skip is None else 1 - skip)
+            steps = [self.state[p]["step"] for _, _, p in changed]
+            if skip is None:
+                torch._foreach_add_(steps, 1)
+            else:  # a list: one tensor for all would be read by the host
+                torch._foreach_add_(steps, [1 - skip] * len(steps))
         for number, group, parameter in changed:
             self._update(parameter, group, skip, number)
         return loss
