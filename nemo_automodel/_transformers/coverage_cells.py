@@ -12,8 +12,8 @@ from nemo_automodel.errors import AutoModelError
 COLUMNS = ("twin", "load", "sft", "save", "lora", "adapter", "fused", "attention", "packing", "fsdp2", "tp2")
 REQUIRED = ("twin", "load", "sft", "save", "lora", "adapter")
 YES = "yes"
-THEIRS = "PEFT itself"
-"""How the reason begins where there is nothing to compare with, because PEFT does not do it either."""
+THEIRS = ("PEFT itself", "transformers itself")
+"""How a reason begins where there is nothing to compare with, because the other side does not do it either."""
 LATER = "not measured"
 
 
@@ -34,8 +34,13 @@ class Row:
 
     @property
     def wrong(self) -> dict[str, str]:
-        """The cells that must be "yes" and are not, those left out that PEFT itself fails in, and what follows them."""
-        return {c: self.cells[c] for c in REQUIRED if self.cells[c] not in (YES, "") and THEIRS not in self.cells[c]}
+        """The cells that must be "yes" and are not, those left out that the other side fails in too."""
+        return {c: text for c in REQUIRED if (text := self.cells[c]) not in (YES, "") and not text.startswith(THEIRS)}
+
+    @property
+    def theirs(self) -> bool:
+        """Whether PEFT or transformers itself fails in some cell that must be "yes"."""
+        return any(self.cells[column].startswith(THEIRS) for column in REQUIRED)
 
 
 class Differs(Exception):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from nemo_automodel._transformers.coverage_cells import COLUMNS, LATER, THEIRS, YES, Row
+from nemo_automodel._transformers.coverage_cells import COLUMNS, LATER, YES, Row
 
 _KINDS = {"causal": "Causal language models", "vlm": "Vision-language models (image, text to text)"}
 _MEANING = """\
@@ -28,8 +28,8 @@ table explains.
 - **fsdp2**, **tp2**: a step on two ranks (sharded by FSDP2, or cut by tensor parallelism, by the model's own plan or an
   inferred one) has the losses and every gradient of one rank.
 
-Where a reason begins with "PEFT itself", PEFT does not load or reload its own adapter of that model, so there is nothing to
-compare with. Vision-language cells use real image input (random pixels through the model's own vision tower), and other
+Where a reason begins with "PEFT itself" or "transformers itself", it does not load its own adapter or directory of that
+model, so there is nothing to compare with. Vision-language cells use real image input (random pixels through the model's own vision tower), and other
 pixels must change the loss."""
 
 
@@ -55,10 +55,10 @@ def summary(rows: Sequence[Row], kind: str) -> str:
     mine = [row for row in rows if row.kind == kind]
     twins = [row for row in mine if row.trains_plainly]
     cells = ", ".join(f"{column} {n}" for column, n in counts(rows, kind).items() if column not in ("types", "twin"))
-    theirs = sum(any(THEIRS in cell for cell in row.cells.values()) for row in twins)
+    theirs = ", ".join(row.model_type for row in twins if row.theirs)
     blind = ", ".join(row.model_type for row in twins if row.blind)
     text = f"{_KINDS[kind]}: {len(twins)} of {len(mine)} twins train in plain transformers; of these {cells}"
-    text += f"; PEFT itself fails on {theirs}" if theirs else ""
+    text += f"; PEFT or transformers itself fails on {theirs}" if theirs else ""
     return text + (f"; trained on text, because the registered class takes no images: {blind}" if blind else "")
 
 

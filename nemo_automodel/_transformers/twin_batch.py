@@ -35,7 +35,7 @@ def image_batch(model: nn.Module, *, rows: int = 2, length: int = 24, seed: int 
     Image tokens are not label tokens. Raises what the model raises where it takes no such images.
     """
     config: Any = model.config
-    accepted = set(inspect.signature(type(model).forward).parameters)
+    accepted = _arguments(model)
     first: Exception | None = None
     for images in image_inputs(config, accepted, rows=rows, seed=seed):
         batch = text_batch(rows=rows, length=length, seed=seed)
@@ -54,8 +54,21 @@ def image_batch(model: nn.Module, *, rows: int = 2, length: int = 24, seed: int 
 
 def takes_images(model: nn.Module) -> bool:
     """Whether the model's forward has an argument for images."""
-    accepted = set(inspect.signature(type(model).forward).parameters)
+    accepted = _arguments(model)
     return next(image_inputs(model.config, accepted, rows=1), None) is not None  # type: ignore[arg-type]
+
+
+def _arguments(model: nn.Module) -> set[str]:
+    """What the model's forward takes, and labels; where it hands on whatever it gets, what the part that sees takes."""
+    own = inspect.signature(type(model).forward).parameters
+    found = {*own, "labels"}
+    if "pixel_values" in own or not any(p.kind is p.VAR_KEYWORD for p in own.values()):
+        return found
+    for module in model.modules():
+        inner = inspect.signature(type(module).forward).parameters
+        if {"pixel_values", "input_ids"} <= inner.keys():
+            return found | set(inner)
+    return found
 
 
 def _fit(
@@ -119,7 +132,7 @@ def _told_by_error(model: nn.Module, batch: dict[str, Any], token: int, rows: in
     batch["input_ids"][:, 4] = token
     try:
         with torch.no_grad():
-            model(**{k: v for k, v in batch.items() if k in inspect.signature(type(model).forward).parameters})
+            model(**{k: v for k, v in batch.items() if k in _arguments(model)})
     except (ValueError, RuntimeError) as error:
         found = re.search(r"features:? (\d+)", str(error))
         return int(found.group(1)) // rows if found else None
@@ -139,6 +152,8 @@ def _extras(config: Any, accepted: set[str], batch: dict[str, Any], token: int |
         "image_attention_mask": torch.ones(rows, ids.shape[1], 1, dtype=torch.long),
         "bbox": torch.arange(4).expand(*ids.shape, 4) * 100,
     }
+    if getattr(config, "canvas_length", None):  # what it writes, all at once; random where it is not given
+        made["decoder_input_ids"] = ids
     queries = getattr(config, "latent_query_num", None)
     if queries and "image_embeds_position_mask" in accepted:
         mask = torch.zeros_like(ids)

@@ -48,6 +48,8 @@ def _merges(parts: list[PretrainedConfig], old: dict[int, dict[str, Any]], side:
         for name, value in old[id(part)].items():
             if is_int(value) and _MERGE.search(name) and 1 < value <= 8:
                 found.append(value)
+            elif isinstance(value, str) and (rate := re.fullmatch(r"\d+/(\d+)", value)):
+                found.append(int(rate[1]))
             elif isinstance(value, float) and _RATIO.search(name) and 0 < value < 1:
                 found.append(round(1 / value))
             elif is_int(value) and _TOKENS.search(name) and not POSITIONS.search(name) and value > 1:

@@ -17,6 +17,7 @@ from nemo_automodel._transformers import compat
 from nemo_automodel._transformers import twin_fields as names
 from nemo_automodel._transformers.tiny_twin import tiny_twin
 from nemo_automodel._transformers.twin_codes import name_codes
+from nemo_automodel._transformers.twin_images import side_of
 from nemo_automodel._transformers.twin_layers import is_layer_map
 
 _WINDOW_MASK = '"sliding_attention": create_sliding_window_causal_mask('  # made whatever layers there are
@@ -37,6 +38,8 @@ def start_config(model_type: str, *, causal: bool) -> PretrainedConfig:
     text = names.text_part(config)
     if causal and getattr(text, "is_decoder", None) is False:
         text.is_decoder = True
+    for part in names.parts_of(config):
+        _add_rate(part)
     if not causal:
         _complete_tokens(config, text, source)
         _fit_towers(config, text)
@@ -48,6 +51,19 @@ def _add_missing_parts(part: PretrainedConfig) -> None:
     for name, kind in part.sub_configs.items():
         if getattr(part, name, None) is None and name == "vision_config" and issubclass(kind, PretrainedConfig):
             setattr(part, name, kind())
+
+
+def _add_rate(part: PretrainedConfig) -> None:
+    """By how much a projector downsamples, where it is not set; images get sides that its windows divide."""
+    if getattr(part, "downsample_rate", "") is not None:
+        return
+    part.downsample_rate = "4/8"
+    for tower in names.parts_of(part):
+        size, patch = side_of(getattr(tower, "image_size", None)), side_of(getattr(tower, "patch_size", None))
+        if size and patch and size % (8 * patch):
+            tower.image_size = size = -(-size // (8 * patch)) * 8 * patch
+        if size and getattr(part, "image_grid_pinpoints", None):
+            part.image_grid_pinpoints = [[size, 2 * size], [2 * size, size], [2 * size, 2 * size]]
 
 
 def _complete_tokens(config: PretrainedConfig, text: PretrainedConfig, source: str) -> None:
@@ -159,7 +175,7 @@ def _alternate(kinds: list[str], total: int) -> list[str]:
 
 
 def _borrow_missing(config: PretrainedConfig, auto_class: Any) -> None:
-    """Where the model asks a sub-config for a field that it lacks and the whole has, give it that one."""
+    """What the model cannot be built without: fields of the whole that a part is asked for, and numbers of experts."""
     for _ in range(4):
         try:
             twin = tiny_twin(config)
@@ -171,10 +187,24 @@ def _borrow_missing(config: PretrainedConfig, auto_class: Any) -> None:
             if not asked or asked == [0] or value is None:
                 return
             setattr(names.parts_of(config)[asked[0]], str(error.name), value)
+        except TypeError:  # a layer of None by something
+            if not any(_add_experts(part) for part in names.parts_of(config)):
+                return
         except Exception:  # whoever builds it next gets to see it
             return
         else:
             return
+
+
+def _add_experts(part: PretrainedConfig) -> bool:
+    """Whether fields that count experts were all None and are set now."""
+    fields = names.fields_of(part)
+    unset = [k for k, v in fields.items() if v is None and (names.EXPERTS.search(k) or names.TOP_K.search(k))]
+    for name in unset:
+        setattr(part, name, 2 if names.TOP_K.search(name) else 8)
+    if unset and fields.get("moe_intermediate_size", 0) is None:
+        part.moe_intermediate_size = fields["intermediate_size"]
+    return bool(unset)
 
 
 __all__ = ["complete", "start_config"]

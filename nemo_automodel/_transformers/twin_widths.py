@@ -16,8 +16,9 @@ _SPARE = (64, 32, 96, 48, 128, 160, 192, 224, 256)
 class Widths:
     """The twin's width for each hidden size met in the original, over all its parts."""
 
-    def __init__(self, heads: int) -> None:
+    def __init__(self, heads: int, shared: frozenset[int] = frozenset()) -> None:
         self.heads = heads
+        self.shared = shared  # hidden sizes of several parts, one of which may count its heads by 64 dimensions each
         self.known: dict[int, int] = {}
 
     def choose(self, part: PretrainedConfig, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -100,7 +101,7 @@ class Widths:
         if whole and queries and dim:
             product = new[queries] * new[dim]
             return product if whole == hidden else product // 2 if whole > hidden else product * 2
-        return next(w for w in _SPARE if w not in self.known.values())
+        return next(w for w in _SPARE if w not in self.known.values() and (w >= 64 or hidden not in self.shared))
 
     def _inner_heads(
         self, old: dict[str, Any], new: dict[str, Any], hidden: int, narrow: int, dims: list[str], queries: str | None

@@ -144,7 +144,7 @@ class PeftConfig:
         named_by_weight = {"target_parameters": parameters} if parameters else {}
         return {
             "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
+            "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,  # PEFT calls it
             "base_model_name_or_path": base_model_name_or_path,
             "revision": revision,
             "r": self.dim,

@@ -159,3 +159,19 @@ def test_a_twin_sees(model_type: str) -> None:
         loss = model(**batch).loss
         batch[pixels].view(-1)[: batch[pixels].numel() // 2] += 1.0
         assert abs(float(model(**batch).loss - loss)) > 1e-6
+
+
+def test_names_of_codes_keep_to_their_quarter_of_the_vocabulary() -> None:
+    twin = tiny_twin(start_config("chameleon", causal=False))
+    codes = {name: token for name, token in twin.vocabulary_map.items() if name.startswith("IMGIMG")}
+    assert sorted(codes.values()) == list(range(64, 96))
+    assert twin.vq_config.num_embeddings == len(codes) == 32
+    assert twin.vocabulary_map["<image>"] >= 96
+
+
+def test_outputs_of_a_tower_are_added_to_layers_that_are_there() -> None:
+    config = start_config("granite4_vision", causal=False)
+    config.deepstack_layer_map = [(-19, 9), (-13, 6), (-7, 3), (-1, 0)]
+    twin = tiny_twin(config)
+    layers = twin.vision_config.num_hidden_layers
+    assert all(-layers <= output < 0 and 0 <= layer < 2 for output, layer in twin.deepstack_layer_map)
