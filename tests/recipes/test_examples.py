@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from tests.builders import make_tokenizer, tiny_config
 from tests.recipes.workspace import ROOT, make_workspace
 
-EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
+EXAMPLES = sorted((ROOT / "examples/llm_finetune").rglob("*.yaml"))
 GUIDE = (ROOT / "docs/write-your-own-recipe.md").read_text()
 PATH_KEYS = ("dataset_name", "path_or_dataset", "path_or_dataset_id")
 
