@@ -46,16 +46,22 @@ def load_processor(
             "processor: nothing to load; set processor.pretrained_model_name_or_path to a Hub ID or a path"
         )
     processor = _load(str(name), {"revision": revision, "trust_remote_code": trust_remote_code})
-    for key, value in (image_options or {}).items():
-        if not hasattr(processor.image_processor, key):
-            fields = ", ".join(sorted(processor.image_processor.to_dict()))
-            raise ModelError(f"processor.image_options.{key}: no field of its image processor, which has {fields}")
-        setattr(processor.image_processor, key, value)
+    if image_options:
+        processor.image_processor = _with_options(processor.image_processor, image_options)
     if chat_template is not None:
         processor.chat_template = chat_template_of(chat_template, "processor.chat_template")
     if processor.tokenizer.pad_token_id is None:
         choose_pad(processor.tokenizer, str(name))
     return processor
+
+
+def _with_options(image_processor: Any, options: dict[str, Any]) -> Any:
+    written = image_processor.to_dict()
+    for key in options:
+        if not hasattr(image_processor, key):
+            fields = ", ".join(sorted(written))
+            raise ModelError(f"processor.image_options.{key}: no field of its image processor, which has {fields}")
+    return type(image_processor).from_dict({**written, **options})
 
 
 def _load(name: str, source: dict[str, Any]) -> Any:

@@ -74,7 +74,12 @@ def tiny_twin(config: PretrainedConfig, *, layers: int = 2, heads: int = 4, voca
     return type(config).from_dict(_as_dict(config, new))
 
 
-<<<<<<< HEAD
+def _shared(parts: list[PretrainedConfig], old: dict[int, dict[str, Any]]) -> frozenset[int]:
+    keys = [(old[id(part)], names.find(part, old[id(part)], *names.HIDDEN)) for part in parts]
+    found = [fields[key] for fields, key in keys if key]
+    return frozenset(width for width in found if found.count(width) > 1)
+
+
 def one_block_each(config: PretrainedConfig, *, vocab_size: int, window: int, least: int = 1) -> PretrainedConfig:
     """``config`` with one layer of each kind, every width as it is; ``config`` itself stays as it is.
 
@@ -121,28 +126,15 @@ def _all_experts(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cut(part: PretrainedConfig, fields: dict[str, Any], wanted: int, least: int = 2) -> dict[str, Any]:
-=======
-def _shared(parts: list[PretrainedConfig], old: dict[int, dict[str, Any]]) -> frozenset[int]:
-    keys = [(old[id(part)], names.find(part, old[id(part)], *names.HIDDEN)) for part in parts]
-    found = [fields[key] for fields, key in keys if key]
-    return frozenset(width for width in found if found.count(width) > 1)
-
-
-def _cut(part: PretrainedConfig, fields: dict[str, Any], wanted: int) -> dict[str, Any]:
->>>>>>> twins
     key = names.find(part, fields, "num_hidden_layers")
     counts = {k: v for k, v in fields.items() if is_layer_count(k) and is_int(v) and v > 0}
     key = key or next(iter(counts), None)
     if key is None or fields[key] < 1:
         return {k: type(v)(min(x, 1) for x in v) for k, v in fields.items() if k == "depths" and v}
     total = fields[key]
-<<<<<<< HEAD
-    new = cut_layers(fields, total, keep_layers(fields, total, wanted, least))
-=======
     if "patch_size" in fields and not any(re.search("intermediate|mlp|vocab", name) for name in fields):
         wanted = max(wanted, _FOLDS)  # its layers fold patches, step by step
-    new = cut_layers(fields, total, keep_layers(fields, total, wanted))
->>>>>>> twins
+    new = cut_layers(fields, total, keep_layers(fields, total, wanted, least))
     stack = fields.get("num_layers_per_stack")
     if stack and stack != total and total % stack == 0:  # so many stacks of layers
         new[key] = total // stack * new["num_layers_per_stack"]
