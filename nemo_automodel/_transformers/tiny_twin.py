@@ -8,7 +8,6 @@ stays so.
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -31,7 +30,6 @@ from nemo_automodel._transformers.twin_widths import Widths
 _MOST_EXPERTS = 4
 _WINDOW = 8
 _POSITIONS = 4096
-_FOLDS = 8
 _BASE = 32  # channels: they are normalised in 32 groups
 _GRID = (4, 6)  # of positions that are two numbers each; as long as a batch, because such models want it full
 
@@ -132,8 +130,6 @@ def _cut(part: PretrainedConfig, fields: dict[str, Any], wanted: int, least: int
     if key is None or fields[key] < 1:
         return {k: type(v)(min(x, 1) for x in v) for k, v in fields.items() if k == "depths" and v}
     total = fields[key]
-    if "patch_size" in fields and not any(re.search("intermediate|mlp|vocab", name) for name in fields):
-        wanted = max(wanted, _FOLDS)  # its layers fold patches, step by step
     new = cut_layers(fields, total, keep_layers(fields, total, wanted, least))
     stack = fields.get("num_layers_per_stack")
     if stack and stack != total and total % stack == 0:  # so many stacks of layers
