@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -16,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoImageProcessor,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     core_model_loading,
@@ -26,7 +23,7 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto import modeling_auto
-from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, PushToHubMixin, cached_file
+from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME, cached_file
 
 
 def unsplittable_class_names(model: nn.Module) -> set[str]:
@@ -338,75 +335,18 @@ def takes(model: nn.Module, name: str) -> bool:
 # --- processors of images and text --------------------------------------------------------------------------------
 
 
+def json_file_of(name: str, file: str, **source: Any) -> dict[str, Any]:
+    """What ``file`` of the checkpoint ``name`` says; nothing where it has none."""
+    path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **source)
+    return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+
+
 def processor_class(name: str, config: PretrainedConfig | None, **source: Any) -> Any:
     """The processor class of the checkpoint ``name``, whether or not it can be built here; None where it has none."""
     from transformers.models.auto import processing_auto
 
-    written = None
     for file in (PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME):
-        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **source)
-        written = written or (
-            json.loads(Path(path).read_text(encoding="utf-8")).get("processor_class") if path else None
-        )
-    if written is not None:
-        return processing_auto.processor_class_from_name(written)
+        if written := json_file_of(name, file, **source).get("processor_class"):
+            return processing_auto.processor_class_from_name(written)
     mapping: Any = processing_auto.PROCESSOR_MAPPING
     return mapping.get(type(config), None)
-
-
-class NoVideos(PushToHubMixin):
-    """Stands where a processor has its video part: nothing can be done with it but saving what was loaded."""
-
-    _auto_class = None
-
-    def __init__(self, written: dict[str, Any]):
-        self.written = written
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name == "written":
-            raise AttributeError(name)
-        return self.written.get(name)  # processors read its settings where no video is near, too
-
-    def to_dict(self) -> dict[str, Any]:
-        """What the checkpoint says of its video part."""
-        return self.written
-
-    def __call__(self, *_: Any, **__: Any) -> Any:
-        raise ImportError("this processor was built for images only; videos need torchvision")
-
-
-def image_only_processor(cls: Any, name: str, **source: Any) -> Any:
-    """``cls`` for the checkpoint ``name`` with ``NoVideos``, so that what videos need (torchvision, ...) is not needed."""
-    values, rest = cls.get_processor_dict(name, **source)
-    autos: dict[str, Any] = {"tokenizer": AutoTokenizer, "image_processor": AutoImageProcessor}
-    written = values.get("video_processor")
-    for file in (VIDEO_PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME):  # older checkpoints say both in one file
-        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **source)
-        written = written or (json.loads(Path(path).read_text(encoding="utf-8")) if path else None)
-    arguments = [
-        NoVideos(written or {}) if "video" in part else autos[part].from_pretrained(name, **source)
-        for part in cls.get_attributes()
-    ]
-
-    def check(self: Any, argument_name: str, argument: Any) -> Any:
-        if isinstance(argument, NoVideos):
-            return NoVideos
-        return cls.check_argument_for_proper_class(self, argument_name, argument)
-
-    body = {"check_argument_for_proper_class": check, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    kind: Any = type(cls.__name__, (cls,), body)
-    with _without_missing_packages(sys.modules[cls.__module__]):
-        return kind.from_args_and_dict(arguments, values, **rest)
-
-
-@contextmanager
-def _without_missing_packages(module: Any) -> Iterator[None]:
-    """What ``module`` wanted to import and could not (it is None there) counts as there, for a constructor's checks."""
-    missing = [name for name, value in vars(module).items() if value is None and not name.startswith("_")]
-    for name in missing:
-        setattr(module, name, name)
-    try:
-        yield
-    finally:
-        for name in missing:
-            setattr(module, name, None)

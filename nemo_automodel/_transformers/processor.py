@@ -97,6 +97,7 @@ def _for_images_only(name: str, source: dict[str, Any], error: Exception) -> Any
     from transformers import AutoConfig
 
     from nemo_automodel._transformers import compat
+    from nemo_automodel._transformers.image_only import image_only_processor
 
     try:
         config = AutoConfig.from_pretrained(name, **source)
@@ -105,7 +106,7 @@ def _for_images_only(name: str, source: dict[str, Any], error: Exception) -> Any
     found = compat.processor_class(name, config, **source)
     if found is None or not any("video" in part for part in found.get_attributes()):
         raise error
-    processor = compat.image_only_processor(found, name, **source)
+    processor = image_only_processor(found, name, **source)
     logger.warning("processor %s: for images only, because its video part cannot be imported here", name)
     return processor
 

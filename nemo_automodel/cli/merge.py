@@ -94,9 +94,13 @@ def _load_base(name: str, revision: str | None, dtype: str) -> Any:
 
 
 def _load_tokenizer(directory: Path, base: str) -> Any | None:
-    """The adapter's own tokenizer (it may carry another chat template), else the base's, else none."""
+    """The adapter's own tokenizer or processor (it may carry another chat template), else the base's, else none."""
     from transformers import AutoTokenizer
 
+    from nemo_automodel._transformers.processor import load_processor
+
+    if (directory / "processor_config.json").exists():
+        return load_processor(str(directory))
     for source in (str(directory), base):
         try:
             return AutoTokenizer.from_pretrained(source)

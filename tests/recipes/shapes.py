@@ -36,23 +36,23 @@ def draw(rng: random.Random, count: int, colour: str) -> Image.Image:
     return image
 
 
-def examples(seed: int, number: int) -> list[tuple[Image.Image, str, str]]:
-    """Images, each with one of the two questions and its answer."""
+def examples(seed: int, number: int, most: int = len(COUNTS)) -> list[tuple[Image.Image, str, str]]:
+    """Images of up to ``most`` shapes, each with one of the two questions and its answer."""
     rng = random.Random(seed)
     found = []
     for _ in range(number):
-        count, colour = rng.randint(1, len(COUNTS)), rng.choice(list(COLOURS))
+        count, colour = rng.randint(1, most), rng.choice(list(COLOURS))
         kind = rng.choice(list(QUESTIONS))
         answer = COUNTS[count - 1] if kind == "count" else colour
         found.append((draw(rng, count, colour), QUESTIONS[kind], answer))
     return found
 
 
-def write_data(folder: Path, seed: int, number: int) -> Path:
+def write_data(folder: Path, seed: int, number: int, most: int) -> Path:
     """``data.jsonl`` and its images in ``folder``, as a user would have them."""
     (folder / "images").mkdir(parents=True)
     with open(folder / "data.jsonl", "w") as file:
-        for i, (image, question, answer) in enumerate(examples(seed, number)):
+        for i, (image, question, answer) in enumerate(examples(seed, number, most)):
             image.save(folder / f"images/{i}.png")
             asked = [{"type": "image", "image": f"images/{i}.png"}, {"type": "text", "text": question}]
             turns_of = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
@@ -95,9 +95,9 @@ def model_config(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def write_recipe(folder: Path, rows: int, steps: int, **step_scheduler: Any) -> Path:
+def write_recipe(folder: Path, rows: int, steps: int, most: int = len(COUNTS)) -> Path:
     """Everything that ``automodel finetune vlm -c recipe.yaml`` needs, in ``folder``."""
-    data = write_data(folder / "train", seed=0, number=rows)
+    data = write_data(folder / "train", 0, rows, most)
     tokenizer = write_processor(folder / "processor")
     recipe = {
         "model": {
@@ -112,7 +112,12 @@ def write_recipe(folder: Path, rows: int, steps: int, **step_scheduler: Any) -> 
             "path_or_dataset_id": str(data),
         },
         "dataloader": {"num_workers": 1},
-        "step_scheduler": {"global_batch_size": 32, "local_batch_size": 32, "max_steps": steps, **step_scheduler},
+        "step_scheduler": {
+            "global_batch_size": 32,
+            "local_batch_size": 32,
+            "max_steps": steps,
+            "ckpt_every_steps": steps,
+        },
         "optimizer": {"lr": 0.003},
         "lr_scheduler": {"warmup_steps": 20},
         "checkpoint": {"checkpoint_dir": str(folder / "out")},
@@ -124,10 +129,10 @@ def write_recipe(folder: Path, rows: int, steps: int, **step_scheduler: Any) -> 
 
 
 @torch.no_grad()
-def accuracy(model: Any, processor: Any, number: int = 200, seed: int = 1) -> float:
+def accuracy(model: Any, processor: Any, most: int = len(COUNTS), number: int = 200, seed: int = 1) -> float:
     """The share of held-out questions that ``model`` answers exactly, as plain transformers generates."""
     right = 0
-    held_out = examples(seed, number)
+    held_out = examples(seed, number, most)
     for start in range(0, number, 50):
         part = held_out[start : start + 50]
         asked = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q}]}] for _, q, _ in part]

@@ -151,7 +151,16 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("part", PARTS)
+def merge(adapter: Path, target: Path) -> Path:
+    """``automodel merge``."""
+    command = [sys.executable, "-m", "nemo_automodel.cli.app", "merge", str(adapter), "--output", str(target)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return target
+
+
+@pytest.mark.parametrize("part", ["language_model", "all", pytest.param("vision_tower", marks=pytest.mark.full)])
 def test_lora_adapts_the_chosen_parts_and_peft_reads_it(tmp_path, part):
     from peft import PeftModel
 
@@ -168,6 +177,10 @@ def test_lora_adapts_the_chosen_parts_and_peft_reads_it(tmp_path, part):
     trained = workspace.plain_loss(model, processor)
     assert trained == pytest.approx(workspace.lines("validation.jsonl")[-1]["val_loss"], rel=2e-6)
     assert trained != pytest.approx(untrained, rel=1e-4)
+    if part == "language_model":
+        merged = merge(workspace.saved().parent, tmp_path / "merged")
+        model = AutoModelForImageTextToText.from_pretrained(merged, dtype=torch.float32)
+        assert workspace.plain_loss(model, load_processor(str(merged))) == pytest.approx(trained, rel=1e-5)
 
 
 def test_a_layer_outside_the_chosen_parts_is_refused(tmp_path):
