@@ -243,13 +243,22 @@ def initialize_below(module: nn.Module, owner: PreTrainedModel) -> None:
     owner._init_weights(module)
 
 
+def _initialize_buffers_below(module: nn.Module, owner: PreTrainedModel) -> None:
+    """``initialize_below``, of modules that have a buffer somewhere: sharded weights may not take such a computation."""
+    if next(module.buffers(), None) is None:
+        return
+    for child in module.children():
+        _initialize_buffers_below(child, child if isinstance(child, PreTrainedModel) else owner)
+    owner._init_weights(module)
+
+
 def initialize_where_unset(model: PreTrainedModel, tensors: Iterable[Tensor]) -> None:
     """Run the model's own initialisation for all but ``tensors``: for buffers that no checkpoint holds."""
     done = list({id(tensor): tensor for tensor in tensors}.values())
     for tensor in done:
         mark_initialized(tensor)
     with torch.no_grad(), skipping_initialized(done):
-        initialize_below(model, model)
+        _initialize_buffers_below(model, model)
 
 
 def load_generation_config(model: Any, name: str, **source: Any) -> None:

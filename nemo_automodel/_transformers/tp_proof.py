@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from nemo_automodel._transformers import compat
 from nemo_automodel._transformers.tiny_twin import tiny_twin
+from nemo_automodel._transformers.twin_batch import image_batch, takes_images
 from nemo_automodel.components.distributed.tensor_parallel import TensorParallelPlan, tensor_parallelize
 from nemo_automodel.errors import AutoModelError, ModelError
 
@@ -36,8 +37,11 @@ class Twin:
         self.mesh = tp_mesh
         self.name = compat.base_class(model).__name__
         try:
-            self.plain = _build(model, tp_mesh)
-            self.inputs = _inputs(self.plain)
+            twin = _build(model, tp_mesh)
+            self.inputs = {
+                k: v.to(tp_mesh.device_type) if isinstance(v, Tensor) else v for k, v in _inputs(twin).items()
+            }
+            self.plain = twin.to(tp_mesh.device_type)
             self._untouched = copy.deepcopy(self.plain)
             self.loss = _backward(self.plain, self.inputs)
         except Exception as error:
@@ -110,19 +114,26 @@ def _build(model: nn.Module, tp_mesh: DeviceMesh) -> Any:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     if compat.attention_is_pluggable(twin):
         twin.set_attn_implementation(compat.attention_name(model))
-    return twin.to(tp_mesh.device_type).eval()
+    return twin.eval()
 
 
 def _inputs(twin: Any) -> dict[str, Any]:
+    """Text, or text with images for a model that sees: its tower may be cut as well."""
+    cacheless = {"use_cache": False} if compat.takes(twin, "use_cache") else {}
+    if takes_images(twin):
+        batch = image_batch(twin)
+        if not compat.is_encoder_decoder(twin):  # whose decoder reads them
+            del batch["labels"]
+        return batch | cacheless
     generator = torch.Generator().manual_seed(1)
     rows = twin.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(rows // 8, rows // 2, (2, _LENGTH), generator=generator).to(twin.device)
-    return {"input_ids": ids} | ({"use_cache": False} if compat.takes(twin, "use_cache") else {})
+    return {"input_ids": torch.randint(rows // 8, rows // 2, (2, _LENGTH), generator=generator), **cacheless}
 
 
 def _backward(twin: Any, inputs: dict[str, Any]) -> Tensor:
-    logits = twin(**inputs).logits
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten(), reduction="sum")
+    logits = twin(**inputs).logits.flatten(0, 1)
+    targets = torch.arange(len(logits), device=logits.device) * 7919 % logits.shape[-1]
+    loss = F.cross_entropy(logits, targets, reduction="sum")
     loss.backward()
     return loss.detach()
 
