@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import transformers
 from transformers import AutoImageProcessor, AutoTokenizer
-from transformers.utils import FEATURE_EXTRACTOR_NAME, VIDEO_PROCESSOR_NAME, PushToHubMixin
+from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, PushToHubMixin
 
 from nemo_automodel._transformers import compat
 
@@ -37,13 +38,12 @@ class NoVideos(PushToHubMixin):
 def image_only_processor(cls: Any, name: str, **source: Any) -> Any:
     """``cls`` for the checkpoint ``name`` with ``NoVideos``, so that what videos need (torchvision, ...) is not needed."""
     values, rest = cls.get_processor_dict(name, **source)
-    autos: dict[str, Any] = {"tokenizer": AutoTokenizer, "image_processor": AutoImageProcessor}
+    loaders: dict[str, Any] = {"tokenizer": AutoTokenizer.from_pretrained, "image_processor": pil_image_processor}
     written = values.get("video_processor")
     for file in (VIDEO_PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME):  # older checkpoints say both in one file
         written = written or compat.json_file_of(name, file, **source)
     arguments = [
-        NoVideos(written or {}) if "video" in part else autos[part].from_pretrained(name, **source)
-        for part in cls.get_attributes()
+        NoVideos(written or {}) if "video" in part else loaders[part](name, **source) for part in cls.get_attributes()
     ]
 
     def check(self: Any, argument_name: str, argument: Any) -> Any:
@@ -55,6 +55,20 @@ def image_only_processor(cls: Any, name: str, **source: Any) -> Any:
     kind: Any = type(cls.__name__, (cls,), body)
     with _without_missing_packages(sys.modules[cls.__module__]):
         return kind.from_args_and_dict(arguments, values, **rest)
+
+
+def pil_image_processor(name: str, **source: Any) -> Any:
+    """The image processor of the checkpoint ``name``, its PIL version where transformers' own look-up wants torchvision."""
+    try:
+        return AutoImageProcessor.from_pretrained(name, **source)
+    except ImportError:
+        written = compat.json_file_of(name, FEATURE_EXTRACTOR_NAME, **source)
+        written = written or compat.json_file_of(name, PROCESSOR_NAME, **source).get("image_processor", {})
+        kind = str(written.get("image_processor_type", "")).removesuffix("Fast").removesuffix("Pil") + "Pil"
+        found = getattr(transformers, kind, None)
+        if found is None:
+            raise
+        return found.from_dict(written)
 
 
 @contextmanager

@@ -104,10 +104,11 @@ def _for_images_only(name: str, source: dict[str, Any], error: Exception) -> Any
     except (OSError, ValueError):
         config = None
     found = compat.processor_class(name, config, **source)
-    if found is None or not any("video" in part for part in found.get_attributes()):
+    if found is None:
         raise error
     processor = image_only_processor(found, name, **source)
-    logger.warning("processor %s: for images only, because its video part cannot be imported here", name)
+    if any("video" in part for part in found.get_attributes()):
+        logger.warning("processor %s: for images only, because its video part cannot be imported here", name)
     return processor
 
 

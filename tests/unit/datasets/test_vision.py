@@ -36,7 +36,10 @@ def processors(tmp_path_factory):
     def get(family: str):
         if family not in loaded:
             folder = tmp_path_factory.mktemp(family)
-            write_processor(family, folder)
+            try:
+                write_processor(family, folder)
+            except ImportError:  # transformers 5.17 and SmolVLM
+                pytest.skip(f"{family}: its PIL image processor wants torchvision in this transformers")
             loaded[family] = load_processor(str(folder))
         return loaded[family]
 

@@ -7,7 +7,6 @@ watched: what it replaced (to carry trained-on characters over the expansion), a
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,7 +81,7 @@ class Processing:
         template_kwargs: variables for the template.
 
     Raises:
-        DataError: the processor has no chat template (and takes no ``suffix`` instead), or no fast tokenizer.
+        DataError: the processor has no chat template (nor makes labels of a ``suffix`` itself), or no fast tokenizer.
     """
 
     def __init__(self, processor: Any, train_on: str = "assistant", template_kwargs: dict[str, Any] | None = None):
@@ -93,9 +92,7 @@ class Processing:
                 "use a fast tokenizer"
             )
         template = Template(processor)
-        self.by_suffix = (
-            not template.chat_template and "suffix" in inspect.signature(type(processor).__call__).parameters
-        )
+        self.by_suffix = not template.chat_template and "labels" in getattr(processor, "model_input_names", ())
         if not template.chat_template and not self.by_suffix:
             raise DataError(
                 f"{type(processor).__name__} has no chat template; set processor.chat_template to a template or to a "
