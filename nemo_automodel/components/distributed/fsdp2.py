@@ -6,6 +6,7 @@ cast, but keeps the same dtypes (weights stored in their own, computed with in `
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -171,13 +172,22 @@ def shard(
     experts = [m for m in model.modules() if isinstance(m, ParallelExperts)] if expert_mesh is not None else []
     for expert in experts:
         fully_shard(expert, mesh=expert_mesh, reshard_after_forward=reshard, **options)
-    for block in blocks:
+    for block in _self_contained(model, blocks):
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard and block is not blocks[-1], **options)
     fully_shard(model, mesh=mesh, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule) and not alone:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _self_contained(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """The blocks that share no weight with another block or with what is around them: a tie ends where sharding does."""
+    inside = {module for block in blocks for module in block.modules()}
+    owners = [list(block.parameters()) for block in blocks]
+    owners.append([p for m in model.modules() if m not in inside for p in m.parameters(recurse=False)])
+    times = Counter(p for owner in owners for p in dict.fromkeys(owner))
+    return [block for block, own in zip(blocks, owners, strict=False) if all(times[p] == 1 for p in own)]
 
 
 def over(mesh: DeviceMesh, shards: str) -> DeviceMesh:
