@@ -160,7 +160,14 @@ def merge(adapter: Path, target: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize("part", ["language_model", "all", pytest.param("vision_tower", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "language_model",
+        pytest.param("all", marks=pytest.mark.full),
+        pytest.param("vision_tower", marks=pytest.mark.full),
+    ],
+)
 def test_lora_adapts_the_chosen_parts_and_peft_reads_it(tmp_path, part):
     from peft import PeftModel
 
