@@ -2,11 +2,13 @@
 
 The language model and the towers are the modules that have a sub-config of their own; the input embedding is what the
 model says it is; what is left between them is the projector, and so is a direct child of a tower that is named as one
-(a merger). A model without a tower is all language model.
+(a merger). Where the decoder's layers are the model's own, what is left is the language model, but for what is named as
+a projector. A model that takes neither pixels nor sound is all language model.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from collections.abc import Callable
@@ -24,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 PARTS = ("vision_tower", "projector", "language_model", "embeddings")
 _PROJECTOR = re.compile(r"(merger|project|connector|aligner|adapter|resampler|abstractor)", re.IGNORECASE)
+_SENSES = re.compile(r"(pixel|image|video|audio|input_features|speech)")
 _TOWER = re.compile(r"(vision|visual|image|audio|video|speech)", re.IGNORECASE)
 
 
@@ -32,10 +35,9 @@ def part_finder(model: nn.Module) -> Callable[[str], str]:
     roots = _roots(model)
 
     def part_of(name: str) -> str:
-        found = [prefix for prefix in roots if name == prefix or name.startswith(f"{prefix}.")]
-        return roots[max(found, key=len)] if found else ("projector" if has_tower else "language_model")
+        found = [prefix for prefix in roots if not prefix or name == prefix or name.startswith(f"{prefix}.")]
+        return roots[max(found, key=len)]
 
-    has_tower = "vision_tower" in roots.values()
     return part_of
 
 
@@ -102,7 +104,9 @@ def report_parts(model: nn.Module) -> None:
 
 
 def _roots(model: nn.Module) -> dict[str, str]:
-    """Module name -> part, for the outermost module of each part (and those of other parts within)."""
+    """Module name -> part, for the outermost module of each part (and those of other parts within); "" is what is left."""
+    if not _sees_or_hears(model):
+        return {"": "language_model"}
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if isinstance(config, PretrainedConfig) else None
     kinds = _sub_configs(config, text)
@@ -121,14 +125,19 @@ def _roots(model: nn.Module) -> dict[str, str]:
         for name, child in base.named_children():
             if _TOWER.search(name) and not _PROJECTOR.search(name) and next(child.parameters(), None) is not None:
                 roots[prefix + name] = "vision_tower"
+    if "language_model" in roots.values():
+        roots[""] = "projector"
+    else:
+        roots |= {name: "projector" for name, _ in model.named_modules() if _is_projector(name) and name not in roots}
+        roots[""] = "language_model"
     for tower in [name for name, part in roots.items() if part == "vision_tower"]:
         for name, _ in model.get_submodule(tower).named_children():
             if _PROJECTOR.search(name):
                 roots[f"{tower}.{name}"] = "projector"
     names = {module: name for name, module in model.named_modules()}
     for getter, part in (("get_output_embeddings", "language_model"), ("get_input_embeddings", "embeddings")):
-        module = getattr(model, getter, lambda: None)()
-        if isinstance(module, nn.Module) and module in names:
+        module = _asked(model, getter)
+        if module is not None and module in names:
             roots[names[module]] = part
     return roots
 
@@ -148,8 +157,28 @@ def _holds(module: nn.Module, model: nn.Module) -> bool:
 
 
 def _input_embedding(model: nn.Module) -> nn.Module | None:
-    found = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
+    return _asked(model, "get_input_embeddings")
+
+
+def _asked(model: nn.Module, getter: str) -> nn.Module | None:
+    """What the model says its embedding or head is; None where it cannot say."""
+    try:
+        found = getattr(model, getter, lambda: None)()
+    except NotImplementedError:
+        return None
     return found if isinstance(found, nn.Module) else None
+
+
+def _is_projector(name: str) -> bool:
+    """Whether the last part of a module's name, and no earlier one, is that of a projector."""
+    *around, last = name.split(".")
+    return bool(_PROJECTOR.search(last)) and not any(part.isdecimal() for part in around)
+
+
+def _sees_or_hears(model: nn.Module) -> bool:
+    """Whether a forward inside ``model`` has an argument for pixels or sound."""
+    classes = {type(module) for module in model.modules()}
+    return any(_SENSES.search(name) for cls in classes for name in inspect.signature(cls.forward).parameters)
 
 
 __all__ = ["PARTS", "Freeze", "has_towers", "parameters_by_part", "part_finder", "report_parts"]

@@ -50,6 +50,8 @@ def plan_loading(
     built = {key: options[key] for key in ("experts_implementation",) if options.get(key) is not None}
     try:
         model = meta.build(auto_class, copy.deepcopy(config), dtype, attn_implementation, **built)
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())  # as transformers' loading leaves it, whatever a constructor froze
         small_copy(model)
     except AutoModelError:
         raise
