@@ -125,6 +125,10 @@ def _roots(model: nn.Module) -> dict[str, str]:
         for name, child in base.named_children():
             if _TOWER.search(name) and not _PROJECTOR.search(name) and next(child.parameters(), None) is not None:
                 roots[prefix + name] = "vision_tower"
+    names = {module: name for name, module in model.named_modules()}
+    decoder = names.get(_asked(model, "get_decoder"))
+    if decoder and not any(f"{root}.".startswith(f"{decoder}.") for root in roots):  # one beside its towers
+        roots[decoder] = "language_model"
     if "language_model" in roots.values():
         roots[""] = "projector"
     else:
@@ -134,7 +138,6 @@ def _roots(model: nn.Module) -> dict[str, str]:
         for name, _ in model.get_submodule(tower).named_children():
             if _PROJECTOR.search(name):
                 roots[f"{tower}.{name}"] = "projector"
-    names = {module: name for name, module in model.named_modules()}
     for getter, part in (("get_output_embeddings", "language_model"), ("get_input_embeddings", "embeddings")):
         module = _asked(model, getter)
         if module is not None and module in names:
