@@ -51,7 +51,9 @@ def plan_loading(
     try:
         model = meta.build(auto_class, copy.deepcopy(config), dtype, attn_implementation, **built)
         for parameter in model.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())  # as transformers' loading leaves it, whatever a constructor froze
+            parameter.requires_grad_(
+                parameter.is_floating_point()
+            )  # as transformers' loading leaves it, whatever a constructor froze
         small_copy(model)
     except AutoModelError:
         raise

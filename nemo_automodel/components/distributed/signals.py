@@ -33,6 +33,7 @@ class StopSignals:
         self.received: str | None = None
         self._announce = announce
         self._deferred = False
+        self._process = os.getpid()
         self._before: dict[signal.Signals, Any] = {}
         if StopSignals._installed is not None:  # of a run that failed in this process
             StopSignals._installed.restore()
@@ -53,6 +54,10 @@ class StopSignals:
         self._before.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a copy of it, such as a process that tokenises, whose parent wants it to end
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         name = signal.Signals(number).name
         if not self._deferred:
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated(name)
