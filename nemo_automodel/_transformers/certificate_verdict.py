@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from nemo_automodel._transformers.certificate_trial import Trial
 from nemo_automodel._transformers.stack import ATTENTION, LORA, NEEDS, PACKING, Stack
@@ -77,9 +76,4 @@ def _culprits(trial: Trial, asked: tuple[str, ...], verdict: Verdict) -> dict[st
     return off
 
 
-def record(verdict: Verdict) -> dict[str, Any]:
-    """``verdict`` as JSON can hold it."""
-    return dict(vars(verdict))
-
-
-__all__ = ["Verdict", "record", "settle"]
+__all__ = ["Verdict", "settle"]

@@ -236,19 +236,15 @@ def initialize_one(module: nn.Module, owner: PreTrainedModel) -> None:
     owner._init_weights(module)
 
 
-def initialize_below(module: nn.Module, owner: PreTrainedModel) -> None:
-    """``initialize_one`` for all modules of ``module``, the inner ones first; models within by their own rules."""
-    for child in module.children():
-        initialize_below(child, child if isinstance(child, PreTrainedModel) else owner)
-    owner._init_weights(module)
+def initialize_below(module: nn.Module, owner: PreTrainedModel, only_with_buffers: bool = False) -> None:
+    """``initialize_one`` for all modules of ``module``, the inner ones first; models within by their own rules.
 
-
-def _initialize_buffers_below(module: nn.Module, owner: PreTrainedModel) -> None:
-    """``initialize_below``, of modules that have a buffer somewhere: sharded weights may not take such a computation."""
-    if next(module.buffers(), None) is None:
+    With ``only_with_buffers`` those that hold no buffer at any depth are left alone: sharded weights may not take it.
+    """
+    if only_with_buffers and next(module.buffers(), None) is None:
         return
     for child in module.children():
-        _initialize_buffers_below(child, child if isinstance(child, PreTrainedModel) else owner)
+        initialize_below(child, child if isinstance(child, PreTrainedModel) else owner, only_with_buffers)
     owner._init_weights(module)
 
 
@@ -258,7 +254,7 @@ def initialize_where_unset(model: PreTrainedModel, tensors: Iterable[Tensor]) ->
     for tensor in done:
         mark_initialized(tensor)
     with torch.no_grad(), skipping_initialized(done):
-        _initialize_buffers_below(model, model)
+        initialize_below(model, model, only_with_buffers=True)
 
 
 def load_generation_config(model: Any, name: str, **source: Any) -> None:

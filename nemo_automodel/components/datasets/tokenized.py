@@ -98,20 +98,8 @@ def tokenize(
     options = {f.name: getattr(render, f.name) for f in dataclasses.fields(render) if f.name != "tokenizer"}  # type: ignore[arg-type]
     tokens = tokenizer_fingerprint(tokenizer)
     facts = [CODE_VERSION, source.identity, tokens, type(render).__qualname__, options, seq_length]
-    fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
-    cache = cache_file(fingerprint)
-    table = source.dataset.map(
-        _Encode(tokenizer, render, seq_length, source.name),
-        batched=True,
-        with_indices=True,
-        remove_columns=source.dataset.column_names,
-        features=_FEATURES,
-        num_proc=num_proc,
-        cache_file_name=cache,
-        keep_in_memory=cache is None,
-        new_fingerprint=fingerprint,
-        desc=f"Tokenising {source.name}",
-    )
+    encode_rows = _Encode(tokenizer, render, seq_length, source.name)
+    table, fingerprint = map_cached(source, encode_rows, _FEATURES, facts, num_proc, f"Tokenising {source.name}")
     return _checked(table, source.name, seq_length, fingerprint)
 
 
@@ -164,7 +152,35 @@ class _Encode:
         return out
 
 
-def cache_file(fingerprint: str) -> str | None:
+def map_cached(
+    source: Source,
+    function: Callable[[dict[str, list[Any]], list[int]], dict[str, list[Any]]],
+    features: datasets.Features,
+    facts: list[Any],
+    num_proc: int | None,
+    desc: str,
+    batch_size: int = 1000,
+) -> tuple[datasets.Dataset, str]:
+    """``function`` of all rows of ``source``, made once for the same ``facts``; and the hash of these."""
+    fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    cache = _cache_file(fingerprint)
+    table = source.dataset.map(
+        function,
+        batched=True,
+        batch_size=batch_size,
+        with_indices=True,
+        remove_columns=source.dataset.column_names,
+        features=features,
+        num_proc=num_proc,
+        cache_file_name=cache,
+        keep_in_memory=cache is None,
+        new_fingerprint=fingerprint,
+        desc=desc,
+    )
+    return table, fingerprint
+
+
+def _cache_file(fingerprint: str) -> str | None:
     """Where rows made under ``fingerprint`` are kept; None (said) where no cache can be written."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "nemo_automodel"
     try:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from nemo_automodel.components.quantization.linears import computes_plainly, frozen_linears, with_mixin
 from nemo_automodel.errors import ConfigError
 from nemo_automodel.kernels.fp8 import MULTIPLE, fp8_linear, has_units, quantize_rows
 
@@ -43,8 +44,7 @@ class Fp8Config:
         """
         if not self.enabled:
             return False
-        linears = {m: None for block in blocks for m in block.modules() if isinstance(m, nn.Linear)}
-        frozen = [m for m in linears if not m.weight.requires_grad]
+        frozen = frozen_linears(blocks)
         if not frozen:
             raise ConfigError(
                 "fp8: only frozen weights are computed in FP8 in this version, and this run trains them all; add a peft "
@@ -67,7 +67,7 @@ class Fp8Config:
             logger.warning("fp8: no GPU, so FP8 is imitated: right, but slower than without")
         taken = [m for m in frozen if _fits(m, self.min_features)]
         for module in taken:
-            module.__class__ = _fp8_class(type(module))
+            module.__class__ = with_mixin(type(module), Fp8Linear, "whose base product runs in FP8")
             assert isinstance(module, Fp8Linear)
             module.quantize()
         skipped = len(frozen) - len(taken)
@@ -128,23 +128,5 @@ def fp8_layers(model: nn.Module) -> Iterator[Fp8Linear]:
 
 
 def _fits(module: nn.Linear, min_features: int) -> bool:
-    plain = type(module) is nn.Linear or nn.Linear in type(module).__bases__
     sizes = (module.in_features, module.out_features)
-    return (
-        plain
-        and "forward" not in module.__dict__
-        and all(size % MULTIPLE == 0 and size >= min_features for size in sizes)
-    )
-
-
-_fp8_classes: dict[type, type] = {}
-
-
-def _fp8_class(cls: type) -> type:
-    """``cls`` with ``Fp8Linear`` before ``nn.Linear``: what stands before that, an adapter say, stays there."""
-    if cls not in _fp8_classes:
-        bases = (nn.Linear,) if cls is nn.Linear else cls.__bases__
-        at = bases.index(nn.Linear)
-        attributes = {"__doc__": f"``{cls.__name__}`` whose base product runs in FP8."}
-        _fp8_classes[cls] = type(f"Fp8{cls.__name__}", (*bases[:at], Fp8Linear, *bases[at:]), attributes)
-    return _fp8_classes[cls]
+    return computes_plainly(module) and all(size % MULTIPLE == 0 and size >= min_features for size in sizes)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from nemo_automodel.components.quantization.linears import computes_plainly, frozen_linears, with_mixin
 from nemo_automodel.errors import ConfigError
 from nemo_automodel.kernels.nf4 import BLOCK, Packed, nf4_linear, nf4_lora_linear, pack, unpack
 
@@ -64,8 +65,7 @@ class QuantizationConfig:
         """
         if not self.load_in_4bit:
             return False
-        linears = {m: None for block in blocks for m in block.modules() if isinstance(m, nn.Linear)}
-        frozen = [m for m in linears if not m.weight.requires_grad]
+        frozen = frozen_linears(blocks)
         if not frozen:
             raise ConfigError(
                 "quantization: only frozen weights can be kept in four bits, and this run trains them all; add a peft "
@@ -77,7 +77,7 @@ class QuantizationConfig:
             )
         taken = [m for m in frozen if _fits(m, self.min_features)]
         for module in taken:
-            module.__class__ = _nf4_class(type(module))
+            module.__class__ = with_mixin(type(module), Nf4Linear, "whose weight is kept in four bits")
             assert isinstance(module, Nf4Linear)
             module.begin(self.bnb_4bit_quant_type, self.bnb_4bit_use_double_quant, device)
         self._report(model, len(frozen), len(taken))
@@ -174,24 +174,9 @@ def nf4_layers(model: nn.Module) -> Iterator[Nf4Linear]:
 
 
 def _fits(module: nn.Linear, min_features: int) -> bool:
-    plain = type(module) is nn.Linear or nn.Linear in type(module).__bases__
     sizes = (module.in_features, module.out_features)
     return (
-        plain
-        and "forward" not in module.__dict__
+        computes_plainly(module)
         and min(sizes) >= min_features
         and module.in_features * module.out_features % (2 * BLOCK) == 0
     )
-
-
-_nf4_classes: dict[type, type] = {}
-
-
-def _nf4_class(cls: type) -> type:
-    """``cls`` with ``Nf4Linear`` before ``nn.Linear``: what stands before that, an adapter say, stays there."""
-    if cls not in _nf4_classes:
-        bases = (nn.Linear,) if cls is nn.Linear else cls.__bases__
-        at = bases.index(nn.Linear)
-        attributes = {"__doc__": f"``{cls.__name__}`` whose weight is kept in four bits."}
-        _nf4_classes[cls] = type(f"Nf4{cls.__name__}", (*bases[:at], Nf4Linear, *bases[at:]), attributes)
-    return _nf4_classes[cls]

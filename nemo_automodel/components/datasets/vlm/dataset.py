@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
 import re
 from pathlib import Path
@@ -17,7 +15,7 @@ from PIL import Image
 
 from nemo_automodel.components.datasets.rendering import Rendered, tokenizer_fingerprint
 from nemo_automodel.components.datasets.sources import Source, read
-from nemo_automodel.components.datasets.tokenized import MAX_DROPPED, cache_file
+from nemo_automodel.components.datasets.tokenized import MAX_DROPPED, map_cached
 from nemo_automodel.components.datasets.vlm.images import BadImageError, load_image, size_of, undecoded
 from nemo_automodel.components.datasets.vlm.messages import Read
 from nemo_automodel.components.datasets.vlm.processing import Encoded, Processing
@@ -137,21 +135,8 @@ def build(
     rows = Rows(Processing(processor, train_on, template_kwargs), reads, seq_length, on_bad_image, source.name)
     facts = [CODE_VERSION, source.identity, _fingerprint_of(processor), type(reads).__qualname__]
     facts += [dataclasses.asdict(reads), train_on, template_kwargs, seq_length, on_bad_image]  # type: ignore[call-overload]
-    fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
-    cache = cache_file(fingerprint)
-    table = source.dataset.map(
-        rows,
-        batched=True,
-        batch_size=100,
-        with_indices=True,
-        remove_columns=source.dataset.column_names,
-        features=_FEATURES,
-        num_proc=num_proc,
-        cache_file_name=cache,
-        keep_in_memory=cache is None,
-        new_fingerprint=fingerprint,
-        desc=f"Measuring {source.name}",
-    )
+    desc = f"Measuring {source.name}"
+    table, fingerprint = map_cached(source, rows, _FEATURES, facts, num_proc, desc, batch_size=100)
     columns = table.remove_columns(["text", "spans"]).with_format("numpy")[:]
     kept = np.flatnonzero((columns["labelled"] > 0) & (columns["state"] == ""))
     stats = _stats(columns, kept)
