@@ -183,6 +183,15 @@ def ours_fp8(workload: Workload, device: torch.device) -> Contender:
     return contender
 
 
+def ours_fp8_trained(workload: Workload, device: torch.device, grad_weight: str, **options: Any) -> Contender:
+    """Ours with trained weights in FP8 products; their gradients in ``grad_weight``."""
+    from nemo_automodel.components.quantization.fp8 import Fp8Config
+
+    return ours(
+        workload, device, fp8=Fp8Config(min_features=FP8_FEATURES[device.type], grad_weight=grad_weight), **options
+    )
+
+
 def ours_4bit(workload: Workload, device: torch.device, **options: Any) -> Contender:
     """Ours with the frozen base in four bits, made of the weights that every contender has."""
     from nemo_automodel.components.quantization.nf4 import Nf4Linear, QuantizationConfig
@@ -218,6 +227,7 @@ def _in_four_bits(module: nn.Linear, name: str, device: torch.device, packed: bo
     return layer.to(device)
 
 
+FP8_FEATURES = {"cuda": 256, "cpu": 16}  # the smallest layers that compute in FP8: the tiny shapes have only small ones
 Builder = Callable[[Workload, torch.device], Contender]
 REFERENCE = "transformers fp32"
 """What every contender's first loss and gradients are compared with; never timed."""
@@ -248,6 +258,8 @@ ONLY_IN: dict[str, dict[str, Builder]] = {
         "ours, bf16 with random rounding": lambda w, d: ours_small_state(w, d, "bfloat16"),
         "ours, bf16 with random rounding, int8 moments": lambda w, d: ours_small_state(w, d, "int8"),
         "ours, rng.deterministic": ours_deterministic,
+        "ours, fp8": lambda w, d: ours_fp8_trained(w, d, "bfloat16"),
+        "ours, fp8, gradients of weights too": lambda w, d: ours_fp8_trained(w, d, "float8"),
     },
     "B'": {
         FP32_MASTERS: transformers_with_masters,

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import covered, write
-from benchmarks.contenders import Contender, _optimizer, ours
+from benchmarks.contenders import Contender, _optimizer, ours, ours_fp8_trained
 from benchmarks.step import _reset_peak, _speed, _step, _synchronize
 from benchmarks.workloads import LLAMA_8B, TINY, Workload, batches, fill
 
@@ -77,6 +77,8 @@ BUILDERS: dict[str, Callable[[Workload, torch.device], Contender]] = {
     PLAIN: plain,
     COMPILED: lambda w, d: plain(w, d, compiled=True),
     OURS: ours,
+    f"{OURS}, fp8": lambda w, d: ours_fp8_trained(w, d, "bfloat16"),
+    f"{OURS}, fp8, gradients of weights too": lambda w, d: ours_fp8_trained(w, d, "float8"),
 }
 
 
@@ -92,7 +94,7 @@ def measure(name: str, workload: Workload, device: torch.device, warmup: int, st
         done.append(_step(contender, data[i % len(data)], device))
     _synchronize(device)
     mean = torch.stack([step.loss.float() for step in done]).to(device)
-    if name == OURS:  # it divides by the label tokens of all ranks: the ranks' shares add up to the mean
+    if name.startswith(OURS):  # it divides by the label tokens of all ranks: the ranks' shares add up to the mean
         mean *= world
     dist.all_reduce(mean)
     norm: Any = done[0].norm

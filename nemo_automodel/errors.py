@@ -6,6 +6,8 @@ Exit codes: 0 done; 1 a fault of the program or the machine; 2 bad input, found 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 EXIT_OK = 0
 EXIT_FAULT = 1
 EXIT_BAD_INPUT = 2
@@ -65,3 +67,12 @@ class MissingExtraError(AutoModelError):
     """An optional dependency is not installed; the message names the extra to install."""
 
     exit_code = EXIT_BAD_INPUT
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """``error``, what it was raised from, or else what was being handled, and so on: each once, for they may form a ring."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__

@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
+
+from nemo_automodel.errors import causes
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ def explain(error: BaseException, kind: str, name: str, revision: str | None = N
     endpoint = constants.ENDPOINT
     page = f"{endpoint}/datasets/{name}" if kind == "dataset" else f"{endpoint}/{name}"
     names, status = _names(error), _status(error)
-    text = " ".join(str(cause) for cause in _causes(error)).lower()
+    text = " ".join(str(cause) for cause in causes(error)).lower()
     if "GatedRepoError" in names or "gated dataset" in text or "gated repo." in text:
         return (
             f"{at} is gated: accept its licence at {page} with your account, then run `hf auth login` (or set HF_TOKEN)"
@@ -116,21 +118,13 @@ def _is_offline() -> bool:
 
 
 def _names(error: BaseException) -> set[str]:
-    return {base.__name__ for cause in _causes(error) for base in type(cause).__mro__}
+    return {base.__name__ for cause in causes(error) for base in type(cause).__mro__}
 
 
 def _status(error: BaseException) -> int | None:
     """The HTTP status of the first cause that has one."""
-    found = (getattr(getattr(cause, "response", None), "status_code", None) for cause in _causes(error))
+    found = (getattr(getattr(cause, "response", None), "status_code", None) for cause in causes(error))
     return next((status for status in found if status is not None), None)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _first_line(error: BaseException) -> str:

@@ -99,7 +99,7 @@ class _NeMoAutoModel:
         _require_range(dtype, compute, distributed)
         options = {"dtype": stored or compute, "attn_implementation": attn_implementation, **source, **kwargs}
         model, weights = None, None
-        if fp8 is None and sharded.takes_meta(distributed):  # FP8 copies are made of weights that are there
+        if not _makes_copies(fp8, peft) and sharded.takes_meta(distributed):
             model, weights = sharded.plan_loading(cls._auto_class, name, config, **options)
         if model is None:
             model = loading.load_weights(
@@ -164,7 +164,7 @@ class _NeMoAutoModel:
         options: dict[str, Any] = {"dtype": stored or compute, "attn_implementation": attn_implementation}
         options["trust_remote_code"] = trust_remote_code
         model, weights = None, None
-        if fp8 is None and sharded.takes_meta(distributed):
+        if not _makes_copies(fp8, peft) and sharded.takes_meta(distributed):
             model, weights = sharded.plan_fresh(cls._auto_class, built, **options)
         if model is None:
             model = loading.initialize(cls._auto_class, built, device=_device(distributed, quantization), **options)
@@ -232,7 +232,7 @@ def _assemble(
         expert_parallelize(model, ep_plan_for(model), expert_mesh["ep"])
     blocks = find_blocks(model)
     if fp8 is not None:
-        fp8.apply(model, blocks)
+        fp8.apply(model, blocks, compute_dtype, device, peft)
     if quantization is not None and quantization.apply(model, blocks, device) and peft is not None and weights is None:
         reset_adapters(model)  # once more: DoRA starts from the norms of the weights as they are now
     _checkpoint_and_compile(model, blocks, device, compute_dtype, distributed, compile)
@@ -320,6 +320,11 @@ def _require_range(dtype: str | torch.dtype, compute: torch.dtype, distributed: 
             f"model.dtype={str(dtype).removeprefix('torch.')}: float16 has too little range to train in: most "
             f"gradients become 0{found}; write bfloat16 (or float32)"
         )
+
+
+def _makes_copies(fp8: Any, peft: Any) -> bool:
+    """Whether weights must be there when the model is assembled, since copies in FP8 are made of them."""
+    return fp8 is not None and fp8.keeps_copies(peft)
 
 
 def _device(distributed: Any, quantization: Any) -> torch.device:

@@ -30,7 +30,6 @@ from nemo_automodel.components.attention import function
 from nemo_automodel.components.datasets import collate
 from nemo_automodel.components.distributed.activation_checkpointing import checkpoint_activations
 from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
-from nemo_automodel.components.quantization.fp8 import Fp8Config
 from nemo_automodel.types import IGNORE_INDEX
 
 EXACT = 1e-3
@@ -118,8 +117,8 @@ class Trial:
         self.yardstick: Gaps | None = None
         if dtype != torch.float32:
             self.yardstick = gaps(self.run(()), self.expected)
-        if FP8 in stack.optimisations:
-            Fp8Config(min_features=stack.fp8_features).apply(model, self.blocks)
+        if stack.fp8 is not None and FP8 in stack.optimisations:
+            stack.fp8.apply(model, self.blocks, dtype, self.device, stack.adapters)
         self.worst = 0.0
 
     def objection(self, on: Collection[str]) -> str | None:

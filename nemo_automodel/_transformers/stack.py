@@ -20,7 +20,7 @@ from nemo_automodel.components._peft.linear import LoRALinear, adapt, clean_name
 from nemo_automodel.components._peft.match import is_transposed_linear
 from nemo_automodel.components.attention import function
 from nemo_automodel.components.loss.linear_ce import FusedLinearCrossEntropy
-from nemo_automodel.components.quantization.fp8 import fp8_layers
+from nemo_automodel.components.quantization.fp8 import Fp8Config, Fp8DynamicLinear, fp8_layers
 from nemo_automodel.kernels.lora import runs_on
 
 ATTENTION = "attention"
@@ -79,7 +79,7 @@ class Stack:
     loss_fn: Any
     checkpointing: str
     adapters: Adapters | None
-    fp8_features: int
+    fp8: Fp8Config | None
     found: dict[str, Any] = field(default_factory=dict)
 
     def without(self, names: Iterable[str]) -> tuple[str, ...]:
@@ -99,7 +99,7 @@ def stack_of(model: nn.Module, loss_fn: Any, *, packed: bool, checkpointing: str
     """
     adapters = Adapters.of(model)
     kernel = any(layer.lora_use_triton for _, layer in lora_layers(model)) and runs_on(device.type)
-    quantised = [min(layer.weight.shape) for layer in fp8_layers(model)]
+    fp8 = _fp8_of(model)
     used = {
         ATTENTION: compat.attention_name(model) == function.NAME,
         PACKING: packed,
@@ -107,11 +107,11 @@ def stack_of(model: nn.Module, loss_fn: Any, *, packed: bool, checkpointing: str
         LORA: adapters is not None,
         KERNEL: kernel,
         CHECKPOINTING: checkpointing != "off",
-        FP8: bool(quantised),
+        FP8: fp8 is not None,
     }
     found = {name: model.__dict__[name] for name in (PASSES_WINDOW, PASSES_DOCUMENTS) if name in model.__dict__}
     optimisations = tuple(name for name, on in used.items() if on)
-    return Stack(optimisations, loss_fn, checkpointing, adapters, min(quantised, default=0), found)
+    return Stack(optimisations, loss_fn, checkpointing, adapters, fp8, found)
 
 
 def switch_off(model: Any, name: str, attention: str) -> str:
@@ -136,6 +136,15 @@ def plain_class(model: nn.Module) -> type[PreTrainedModel] | None:
         if not issubclass(cls, (FSDPModule, LoRALinear)):
             return cls if issubclass(cls, PreTrainedModel) else None
     return None
+
+
+def _fp8_of(model: nn.Module) -> Fp8Config | None:
+    layers = list(fp8_layers(model))
+    if not layers:
+        return None
+    trained = {layer.fp8_grad_weight for layer in layers if isinstance(layer, Fp8DynamicLinear)}
+    smallest = min(min(layer.weight.shape) for layer in layers)
+    return Fp8Config(min_features=smallest, grad_weight="float8" if "float8" in trained else "bfloat16")
 
 
 def _generic(name: str) -> str:

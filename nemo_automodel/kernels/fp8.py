@@ -1,9 +1,11 @@
-"""``fp8_linear``: a frozen linear layer whose products run in FP8 (e4m3), row by row scaled, as one differentiable op.
+"""Linear layers whose products run in FP8 (e4m3), row by row scaled, as differentiable ops.
 
-Each token's activation and each output feature's weights have a scale of their own (largest magnitude -> 448). The weight
-does not change, so it is quantised once, a second time transposed for dX, whose sum runs over the output features.
-Activations and gradients are quantised as they come, in plain torch, which ``torch.compile`` fuses with what made them.
-Results are in the activation's dtype; there is no gradient of the weight.
+Each row of both factors of a product has a scale of its own (largest magnitude -> 448), a row being what the product sums
+over: a token's activations with an output feature's weights forward, a token's gradients with an input feature's weights
+for dX, an output feature's gradients with an input feature's activations for dW.
+``fp8_linear`` is for a weight that does not change: it is quantised once, a second time transposed for dX, and has no
+gradient. ``fp8_dynamic_linear`` quantises the weight as it comes (torchao's row-wise recipe does the same).
+Quantising is plain torch, which ``torch.compile`` fuses with what made the numbers. Results are in the activation's dtype.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
@@ -57,6 +60,44 @@ class _Fp8Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         transposed, scales = ctx.saved_tensors
         return _product(dy, transposed, scales), None, None, None, None
+
+
+def fp8_dynamic_linear(x: Tensor, weight: Tensor, fp8_grad_weight: bool) -> Tensor:
+    """``x @ W^T`` and dX in FP8, from a weight that is quantised in each of them.
+
+    Args:
+        x: activations ``[..., K]``, bf16.
+        weight: ``[N, K]`` in the dtype of ``x``.
+        fp8_grad_weight: dW in FP8 too, instead of in the dtype of ``x``.
+    """
+    return _Fp8DynamicLinear.apply(x, weight, fp8_grad_weight)
+
+
+class _Fp8DynamicLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, fp8_grad_weight: bool) -> Tensor:
+        ctx.fp8_grad_weight = fp8_grad_weight
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return _product(x, *quantize_rows(weight))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = _product(dy, *quantize_rows(weight.t().contiguous()))
+        if ctx.needs_input_grad[1]:
+            flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+            in_fp8 = ctx.fp8_grad_weight and flat_x.shape[0] > 0  # an expert may have no token
+            dw = _grad_weight_in_fp8(flat_dy, flat_x) if in_fp8 else flat_dy.t() @ flat_x
+        return dx, dw, None
+
+
+def _grad_weight_in_fp8(dy: Tensor, x: Tensor) -> Tensor:
+    """``dy^T x`` of ``dy`` [T, N] and ``x`` [T, K], with a scale for each of the N and K features."""
+    if missing := -dy.shape[0] % MULTIPLE:
+        dy, x = F.pad(dy, (0, 0, 0, missing)), F.pad(x, (0, 0, 0, missing))
+    return _product(dy.t().contiguous(), *quantize_rows(x.t().contiguous()))
 
 
 def _product(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from nemo_automodel.errors import (
     AutoModelError,
     StoppedError,
     Terminated,
+    causes,
 )
 
 logger = logging.getLogger(__name__)
@@ -112,16 +113,10 @@ def _describe(error: BaseException, rank: int, alone: bool) -> Failure:
         code = error.code if isinstance(error.code, int) else EXIT_FAULT if error.code else EXIT_OK
         text = f"the program left early, with {error.code!r}"
         return Failure(ERROR, text, rank, step, code if alone else code or EXIT_FAULT)
-    kind = COLLECTIVE if isinstance(error, StoppedError) or any(map(_is_broken_collective, _chain(error))) else ERROR
+    kind = COLLECTIVE if isinstance(error, StoppedError) or any(map(_is_broken_collective, causes(error))) else ERROR
     if isinstance(error, AutoModelError):
         return Failure(kind, str(error), rank, step, error.exit_code)
     return Failure(kind, f"{type(error).__name__}: {error}", rank, step, EXIT_FAULT)
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _is_broken_collective(error: BaseException) -> bool:

@@ -41,6 +41,27 @@ def test_products_add_next_to_nothing_to_the_error_of_quantising(tokens, k, n):
         assert error(value, exact) < 0.05
 
 
+@pytest.mark.parametrize("fp8_grad_weight", [False, True])
+@pytest.mark.parametrize(("tokens", "k", "n"), [(8192, 4096, 1024), (333, 512, 272)])
+def test_trained_weights_too(tokens, k, n, fp8_grad_weight):
+    g = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(tokens, k, device="cuda", generator=g).bfloat16().requires_grad_()
+    weight = (torch.randn(n, k, device="cuda", generator=g) * k**-0.5).bfloat16().requires_grad_()
+    dy = torch.randn(tokens, n, device="cuda", generator=g).bfloat16()
+    y = fp8.fp8_dynamic_linear(x, weight, fp8_grad_weight)
+    y.backward(dy)
+    dx, x, w = x.grad, x.detach(), weight.detach()
+    for value, left, right in ((y, x, w), (dx, dy, w.t()), (weight.grad, dy.t(), x.t())):
+        exact = left.double() @ right.double().t()
+        if value is weight.grad and not fp8_grad_weight:
+            assert error(value, exact) < 0.004
+            continue
+        (a, s), (b, t) = fp8.quantize_rows(left.contiguous()), fp8.quantize_rows(right.contiguous())
+        summed_exactly = (a.double() * s) @ (b.double() * t).t()
+        assert error(value, exact) <= 1.02 * error(summed_exactly, exact)
+        assert error(value, exact) < 0.05
+
+
 class Block(nn.Module):
     def __init__(self, hidden=512, inner=1408):
         super().__init__()
@@ -53,21 +74,25 @@ class Block(nn.Module):
         return x + self.down(nn.functional.silu(self.gate(h)) * self.up(h))
 
 
-def block(quantised):
+def block(quantised, adapters, grad_weight="bfloat16"):
     torch.manual_seed(0)
     made = Block().to("cuda", torch.bfloat16)
-    PeftConfig(match_all_linear=True, dim=16).apply(made)
-    for module in (made.gate, made.up, made.down):
+    peft = PeftConfig(match_all_linear=True, dim=16) if adapters else None
+    if peft is not None:
+        peft.apply(made)
+    for module in (made.gate, made.up, made.down) if adapters else ():
         nn.init.normal_(module.lora_B.weight, std=0.02)
     if quantised:
-        assert Fp8Config().apply(made, [made])
+        device = torch.device("cuda")
+        assert Fp8Config(grad_weight=grad_weight).apply(made, [made], torch.bfloat16, device, peft)
     return made
 
 
-def test_adapted_block_is_close_to_bf16_and_compiles_whole():
+@pytest.mark.parametrize(("adapters", "grad_weight"), [(True, "bfloat16"), (False, "bfloat16"), (False, "float8")])
+def test_a_block_is_close_to_bf16_and_compiles_whole(adapters, grad_weight):
     x = torch.randn(2, 300, 512, device="cuda", dtype=torch.bfloat16)
     results = []
-    plain, quantised = block(False), block(True)
+    plain, quantised = block(False, adapters), block(True, adapters, grad_weight)
     for made, forward in (
         (plain, plain),
         (quantised, quantised),

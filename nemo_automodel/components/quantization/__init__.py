@@ -1,1 +1,1 @@
-"""Frozen weights in fewer bits."""
+"""Weights and products in fewer bits."""

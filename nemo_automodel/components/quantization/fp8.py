@@ -1,7 +1,8 @@
-"""The ``fp8`` section: frozen linear layers of the decoder blocks compute in FP8; what is trained stays as it is.
+"""The ``fp8`` section: the linear layers of the decoder blocks compute in FP8; weights stay what they are.
 
-The modules keep their class's name, their parameters and the parameters' values: the FP8 copies are derived data, made from
-``weight`` and never saved, so checkpoints, merging and exports know nothing of them.
+The modules keep their class's name, their parameters and the parameters' values. Frozen weights of an unsharded model have
+FP8 copies, made once: derived data, never saved, so checkpoints, merging and exports know nothing of them. All others are
+quantised whenever they are used.
 """
 
 from __future__ import annotations
@@ -9,76 +10,127 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from nemo_automodel.components.quantization.linears import computes_plainly, frozen_linears, with_mixin
+from nemo_automodel.components.quantization.linears import block_linears, computes_plainly, with_mixin
 from nemo_automodel.errors import ConfigError
-from nemo_automodel.kernels.fp8 import MULTIPLE, fp8_linear, has_units, quantize_rows
+from nemo_automodel.kernels.fp8 import MULTIPLE, fp8_dynamic_linear, fp8_linear, has_units, quantize_rows
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Fp8Config:
-    """Compute with the frozen weights of a LoRA run in FP8: about a third faster on Hopper GPUs, for 2 bytes a weight more.
+    """Compute the linear layers of the decoder blocks in FP8 (e4m3, a scale for each row) on Hopper GPUs and later.
+
+    Under LoRA on one rank the frozen weights are quantised once, for 2 bytes a weight more. In full fine-tuning, and on
+    several ranks, weights are quantised in each forward and backward. What is trained, saved and summed stays as it is.
 
     Args:
         enabled: False leaves everything as it is.
         min_features: Layers with fewer inputs or outputs stay in bfloat16: routers, say, which cost nothing and whose
             choice is easily changed.
+        grad_weight: What the gradient of a trained weight is computed in: ``bfloat16``, the safer, or ``float8``, the faster.
     """
 
     enabled: bool = True
     min_features: int = 256
+    grad_weight: Literal["bfloat16", "float8"] = "bfloat16"
 
-    def apply(self, model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
-        """Quantise the frozen linear layers inside ``blocks`` of ``model``, in place; return whether it was done.
+    def __post_init__(self) -> None:
+        if self.grad_weight not in ("bfloat16", "float8"):
+            raise ConfigError(f"fp8.grad_weight={self.grad_weight!r}: write bfloat16 or float8")
+
+    def keeps_copies(self, peft: Any) -> bool:
+        """Whether frozen weights get FP8 copies, so that weights must be there when ``apply`` is called.
+
+        Args:
+            peft: the run's ``PeftConfig`` or None.
+        """
+        return self.enabled and peft is not None and not _has_ranks()
+
+    def apply(
+        self, model: nn.Module, blocks: Sequence[nn.Module], compute_dtype: torch.dtype, device: torch.device, peft: Any
+    ) -> bool:
+        """Let the linear layers inside ``blocks`` of ``model`` compute in FP8, in place; return whether any does.
+
+        Args:
+            model: the whole model, with adapters if it gets any.
+            blocks: where its layers are looked for.
+            compute_dtype: what its forward computes in.
+            device: where it will run.
+            peft: as in ``keeps_copies``.
 
         Raises:
-            ConfigError: nothing in them is frozen, the model does not compute in bfloat16, the device is a GPU without
-                FP8, or the run has several ranks.
+            ConfigError: the model does not compute in bfloat16, the device is a GPU without FP8, or tensor parallelism
+                cuts its layers.
         """
         if not self.enabled:
             return False
-        frozen = frozen_linears(blocks)
-        if not frozen:
+        if compute_dtype != torch.bfloat16:
             raise ConfigError(
-                "fp8: only frozen weights are computed in FP8 in this version, and this run trains them all; add a peft "
-                "section, or write fp8.enabled: false"
+                f"fp8: needs a model in bfloat16, not {str(compute_dtype)[6:]}; write model.dtype: bfloat16"
             )
-        weight = frozen[0].weight
-        if weight.dtype != torch.bfloat16:
+        linears = block_linears(blocks)
+        if any(isinstance(weight, DTensor) for m in linears for weight in (m.weight, m._parameters["weight"])):
             raise ConfigError(
-                f"fp8: needs a model in bfloat16, not {str(weight.dtype)[6:]}; write model.dtype: bfloat16"
+                "fp8: not together with tensor parallelism in this version; write distributed.tp_size: 1, or "
+                "fp8.enabled: false"
             )
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise ConfigError(
-                "fp8: runs on one rank only in this version; start one process, or write fp8.enabled: false"
-            )
-        if weight.is_cuda and not has_units(weight.device):
+        if device.type == "cuda" and not has_units(device):
             raise ConfigError(
                 "fp8: this GPU has no FP8 products (compute capability below 8.9); write fp8.enabled: false"
             )
-        if not weight.is_cuda:
+        if device.type != "cuda":
             logger.warning("fp8: no GPU, so FP8 is imitated: right, but slower than without")
-        taken = [m for m in frozen if _fits(m, self.min_features)]
+        taken = [m for m in linears if _fits(m, self.min_features)]
         for module in taken:
-            module.__class__ = with_mixin(type(module), Fp8Linear, "whose base product runs in FP8")
-            assert isinstance(module, Fp8Linear)
-            module.quantize()
-        skipped = len(frozen) - len(taken)
-        left = (
-            f"; {skipped} stay in bfloat16 (small, sizes no multiples of {MULTIPLE}, or a forward of their own)"
-            * bool(skipped)
-        )
-        logger.info(
-            "fp8: %d frozen linear layers compute in FP8, adapters on them in plain PyTorch%s", len(taken), left
-        )
+            self._change(module, copies=self.keeps_copies(peft) and not module.weight.requires_grad)
+        self._report(len(linears), taken)
         return bool(taken)
+
+    def _change(self, module: nn.Linear, copies: bool) -> None:
+        mixin = Fp8Linear if copies else Fp8DynamicLinear
+        module.__class__ = with_mixin(type(module), mixin, "whose base product runs in FP8")
+        if isinstance(module, Fp8Linear):
+            module.quantize()
+        else:
+            assert isinstance(module, Fp8DynamicLinear)
+            module.fp8_grad_weight = self.grad_weight
+
+    def _report(self, number: int, taken: Sequence[nn.Module]) -> None:
+        copied = sum(isinstance(m, Fp8Linear) for m in taken)
+        trained = sum(m.weight.requires_grad for m in taken)  # type: ignore[misc]
+        said = [f"{copied} from copies made once"] * bool(copied)
+        said += [f"{trained} trained, their gradients in {self.grad_weight}"] * bool(trained)
+        left = f"; {number - len(taken)} stay in bfloat16 (small, sizes no multiples of {MULTIPLE}, or a forward of their own)"
+        logger.info(
+            "fp8: %d linear layers compute in FP8%s%s",
+            len(taken), f" ({'; '.join(said)})" * bool(said), left * (number > len(taken)),
+        )  # fmt: skip
+
+
+class Fp8DynamicLinear(nn.Module):
+    """Mixin put before ``nn.Linear`` in a layer's class: the product runs in FP8, ``weight`` quantised each time.
+
+    Attributes:
+        fp8_grad_weight: what the gradient of ``weight`` is computed in, ``bfloat16`` or ``float8``.
+    """
+
+    quantized = True
+    fp8_grad_weight: Literal["bfloat16", "float8"]
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in]`` -> ``[..., out]``."""
+        y = fp8_dynamic_linear(x, self.weight, self.fp8_grad_weight == "float8")
+        return y if self.bias is None else y + self.bias
 
 
 class Fp8Linear(nn.Module):
@@ -119,12 +171,17 @@ class Fp8Linear(nn.Module):
 def quantize(model: nn.Module) -> None:
     """Make every FP8 copy in ``model`` anew from its weight."""
     for layer in fp8_layers(model):
-        layer.quantize()
+        if isinstance(layer, Fp8Linear):
+            layer.quantize()
 
 
-def fp8_layers(model: nn.Module) -> Iterator[Fp8Linear]:
+def fp8_layers(model: nn.Module) -> Iterator[Any]:
     """Every layer of ``model`` that computes in FP8."""
-    return (module for module in model.modules() if isinstance(module, Fp8Linear))
+    return (module for module in model.modules() if isinstance(module, (Fp8Linear, Fp8DynamicLinear)))
+
+
+def _has_ranks() -> bool:
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def _fits(module: nn.Linear, min_features: int) -> bool:

@@ -1,4 +1,4 @@
-"""The frozen linear layers of a model, and giving one another way to compute while it stays what it is."""
+"""The linear layers of a model, and giving one another way to compute while it stays what it is."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from collections.abc import Sequence
 from torch import nn
 
 
+def block_linears(blocks: Sequence[nn.Module]) -> list[nn.Linear]:
+    """Every linear layer inside ``blocks``, once each."""
+    return list({m: None for block in blocks for m in block.modules() if isinstance(m, nn.Linear)})
+
+
 def frozen_linears(blocks: Sequence[nn.Module]) -> list[nn.Linear]:
-    """Every linear layer inside ``blocks`` whose weight is not trained, once each."""
-    linears = {m: None for block in blocks for m in block.modules() if isinstance(m, nn.Linear)}
-    return [m for m in linears if not m.weight.requires_grad]
+    """Those of ``block_linears`` whose weight is not trained."""
+    return [m for m in block_linears(blocks) if not m.weight.requires_grad]
 
 
 def computes_plainly(module: nn.Linear) -> bool:
