@@ -138,7 +138,7 @@ LLM: dict[str, Section] = {
         target="nemo_automodel.components.training.compile.CompileConfig",
     ),
     "fp8": Section(
-        "Frozen weights computed with in FP8; absent = in the model's dtype.",
+        "Linear layers computed in FP8; absent = in the model's dtype.",
         target="nemo_automodel.components.quantization.fp8.Fp8Config",
         presence=Presence.OPTIONAL,
     ),

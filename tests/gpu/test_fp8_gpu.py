@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -102,6 +104,7 @@ def test_a_block_is_close_to_bf16_and_compiles_whole(adapters, grad_weight):
         leaf = x.clone().requires_grad_()
         forward(leaf).float().square().mean().backward()
         results.append([leaf.grad, *(p.grad.clone() for p in made.parameters() if p.requires_grad)])
+    bound = math.hypot(0.06, 0.05) if grad_weight == "float8" else 0.06  # what one product adds, by the test above
     for bf16, eager, compiled in zip(*results, strict=True):
-        assert error(eager, bf16.double()) < 0.06
+        assert error(eager, bf16.double()) < bound
         assert error(compiled, bf16.double()) <= 1.1 * error(eager, bf16.double())  # it rounds at other places

@@ -63,17 +63,8 @@ def test_two_ranks_compute_as_one(tmp_path, adapters):
 
 def test_tensor_parallelism_is_refused(tmp_path):
     workspace = make_workspace(tmp_path, **SIZES)
-    target = str(ROOT / "nemo_automodel" / "recipes" / "llm" / "finetune.py")
-    result = torchrun(
-        target,
-        2,
-        "-c",
-        workspace.recipe,
-        "--model.dtype=bfloat16",
-        "--fp8.min_features=16",
-        "--distributed.tp_size=2",
-        check=False,
-    )
-    assert result.returncode
+    options = ["--model.dtype=bfloat16", "--fp8.min_features=16", "--distributed.tp_size=2"]
+    result = workspace.spawn("--nproc-per-node=2", *options, check=False)
+    assert result.returncode == 2
     assert "fp8: not together with tensor parallelism in this version; write distributed.tp_size: 1" in result.stderr
     assert "Traceback" not in result.stderr
