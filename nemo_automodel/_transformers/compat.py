@@ -90,6 +90,11 @@ def takes_positions(model: nn.Module) -> bool:
     return "position_ids" in inspect.signature(type(model).forward).parameters
 
 
+def position_counter(model: nn.Module) -> Callable[..., Any] | None:
+    """The model's function from ids and image sizes to positions of several dimensions, None where it counts in one."""
+    return next((m.get_rope_index for m in model.modules() if hasattr(m, "get_rope_index")), None)  # type: ignore[return-value]
+
+
 def registered_types(kind: str) -> list[str]:
     """The model types that this transformers registers for ``kind``: causal, or vlm (image and text to text)."""
     names = {"causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "vlm": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"}
