@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from nemo_automodel._transformers import compat
 from nemo_automodel._transformers.packing import FIX, PASSES_DOCUMENTS
 from nemo_automodel._transformers.plain import sharpen, without_chance
 from nemo_automodel._transformers.tiny_twin import tiny_twin
 from nemo_automodel._transformers.trial import build
 from nemo_automodel._transformers.twin_batch import image_batch, text_batch
 from nemo_automodel._transformers.window_trial import PASSES_WINDOW
-from nemo_automodel.components.attention import function
 from nemo_automodel.errors import ModelError
 
 Document = dict[str, Any]
@@ -34,7 +34,7 @@ def require_packed_images(model: PreTrainedModel) -> None:
     """
     name = type(model).__name__
     try:
-        reason = _objection(_small(model))
+        reason = _objection(_small(model), compat.attention_name(model))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of any kind: it is the model's own code, in a way it may not expect
@@ -56,12 +56,14 @@ def _small(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _objection(model: PreTrainedModel) -> str | None:
+def _objection(model: PreTrainedModel, attention: str) -> str | None:
     model.set_attn_implementation("eager")
-    documents = _documents(model)
+    documents = documents_with_images(model)
+    for document in documents:
+        del document["labels"]
     alone = [model(**document, use_cache=False).logits.float()[0] for document in documents]
     wanted = torch.cat(alone)
-    model.set_attn_implementation(function.NAME)
+    model.set_attn_implementation(attention)
     error: Exception | None = None
     ran = False
     for axis in (0, 1):  # images one after the other, or as one row's
@@ -83,22 +85,20 @@ def _same(found: Tensor, wanted: Tensor) -> bool:
     return bool(((found - wanted).square().mean(-1).sqrt() <= _EXACT * wanted.std()).all())
 
 
-def _documents(model: PreTrainedModel) -> list[Document]:
-    """What the model's forward takes of three documents, each a row of its own."""
+@torch.no_grad()
+def documents_with_images(model: PreTrainedModel) -> list[Document]:
+    """What the model's forward takes of three documents, each a row of its own; the second has no image."""
     seeing = [image_batch(model, rows=1, length=n, seed=seed) for seed, n in enumerate(_LENGTHS) if seed != 1]
     blind = text_batch(rows=1, length=_LENGTHS[1], seed=1)
     for key in _of_tokens(seeing[0]):
         if key not in blind:  # what a processor writes for a text: none of it is an image
             like = seeing[0][key]
             blind[key] = like.new_zeros(1, _LENGTHS[1], *like.shape[2:])
-    documents = [seeing[0], blind, seeing[1]]
-    for document in documents:
-        del document["labels"]
     try:
-        model(**blind, use_cache=False)
+        model(**blind)
     except Exception:  # a model that takes no row without an image
-        del documents[1]
-    return documents
+        return seeing
+    return [seeing[0], blind, seeing[1]]
 
 
 def pack_documents(documents: list[Document], axis: int = 0) -> Document:
@@ -132,4 +132,4 @@ def _joined(parts: list[Tensor], axis: int) -> Tensor:
     return torch.cat(padded, axis)
 
 
-__all__ = ["pack_documents", "require_packed_images"]
+__all__ = ["documents_with_images", "pack_documents", "require_packed_images"]

@@ -61,9 +61,11 @@ def outside_language_model(model: nn.Module) -> list[nn.Module]:
     def walk(module: nn.Module, path: str) -> None:
         for name, child in module.named_children():
             full = f"{path}{name}"
+            if full in inside:
+                continue
             if any(other.startswith(f"{full}.") for other in inside):
                 walk(child, f"{full}.")
-            elif full not in inside:
+            else:
                 found.append(child)
 
     walk(model, "")

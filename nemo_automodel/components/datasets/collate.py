@@ -91,7 +91,10 @@ def boundaries(lengths: Sequence[int]) -> dict[str, Any]:
     longest = max(lengths)
     return {
         "position_ids": torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0),
-        "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest,
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
     }
 
 
@@ -136,8 +139,8 @@ def collate_packed_vision(
         shape = _largest([document.tokens[key].shape[1:] for document in documents if key in document.tokens])
         like = next(document.tokens[key] for document in documents if key in document.tokens)
         empty = like.new_zeros(0, *shape)
-        parts = [_padded(d.tokens.get(key, empty), (n, *shape)) for d, n in zip(documents, sizes, strict=True)]
-        batch[key] = torch.cat(parts)[None]
+        padded = [_padded(d.tokens.get(key, empty), (n, *shape)) for d, n in zip(documents, sizes, strict=True)]
+        batch[key] = torch.cat(padded)[None]
     for key in _keys(document.rows for document in documents):
         like = next(document.rows[key] for document in documents if key in document.rows)
         if like.ndim == 0:
