@@ -351,6 +351,23 @@ def json_file_of(name: str, file: str, **source: Any) -> dict[str, Any]:
     return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
 
 
+def registered_processor(model_type: str) -> tuple[Any, dict[str, str | None]]:
+    """The processor class registered for a type, None without one, and its image processors' names by back end."""
+    from transformers.models.auto import image_processing_auto, processing_auto
+
+    name = processing_auto.PROCESSOR_MAPPING_NAMES.get(model_type)
+    by_backend: Any = image_processing_auto.IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type)
+    if isinstance(by_backend, (tuple, list)):  # before back ends had names: the slow one, which is PIL's, comes first
+        by_backend = dict(zip(("pil", "torchvision"), by_backend, strict=False))
+    return name and processing_auto.processor_class_from_name(name), by_backend or {}
+
+
+def required_packages(cls: Any) -> tuple[str, ...]:
+    """The packages that a class of transformers names as needed, whether they are here or not."""
+    found = getattr(cls, "__backends", None) or getattr(cls, "_backends", None) or ()
+    return tuple(str(getattr(backend, "value", backend)) for backend in found)
+
+
 def processor_class(name: str, config: PretrainedConfig | None, **source: Any) -> Any:
     """The processor class of the checkpoint ``name``, whether or not it can be built here; None where it has none."""
     from transformers.models.auto import processing_auto

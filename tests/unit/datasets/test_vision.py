@@ -3,6 +3,7 @@ is ever cut, and what is wrong with a row is said in one line."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 
@@ -14,6 +15,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from nemo_automodel._transformers.processor import load_processor
+from nemo_automodel._transformers.processor_kinds import processor_kind
 from nemo_automodel.components.datasets.loader import DataLoader
 from nemo_automodel.components.datasets.packing import PackedSequence
 from nemo_automodel.components.datasets.vlm.conversation import make_vlm_chat_dataset
@@ -424,6 +426,18 @@ def test_no_processor_or_one_without_images_or_template_is_one_line(tmp_path, pr
     bare = load_processor(str(tmp_path / "bare"))
     with pytest.raises(DataError, match=r"has no chat template; set processor\.chat_template"):
         make_vlm_chat_dataset(bare, write(folder, [ONE]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_table_says_of_a_processor_is_what_loading_does(processors, tmp_path, caplog, family):
+    """Without torchvision: one with a video part is said to be for images only, one of images alone says nothing."""
+    if importlib.util.find_spec("torchvision") is not None:
+        pytest.skip("torchvision is installed")
+    processors(family)  # skips where it cannot be built
+    write_processor(family, tmp_path)
+    load_processor(str(tmp_path))
+    said = "for images only, because its video part cannot be imported here" in caplog.text
+    assert processor_kind(family) == ("PIL, images only" if said else "PIL")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
