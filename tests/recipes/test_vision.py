@@ -272,11 +272,20 @@ def test_packing_is_refused_with_the_reason(tmp_path):
         workspace.run(*PACKED, "--model.attn_implementation=sdpa")  # which finds documents by ordinary positions only
 
 
-@pytest.mark.parametrize("family", ["gemma3", pytest.param("qwen3_vl", marks=pytest.mark.full)])
-def test_two_ranks_equal_one(tmp_path, family):
-    """Also where a micro-batch of one rank has no image; tower trained, so that its gradients cross ranks."""
+@pytest.mark.parametrize(
+    ("family", "packed"),
+    [
+        ("gemma3", 0),
+        pytest.param("qwen3_vl", 0, marks=pytest.mark.full),
+        pytest.param("gemma3", 64, marks=pytest.mark.full),
+        pytest.param("qwen3_vl", 48, marks=pytest.mark.full),
+    ],
+)
+def test_two_ranks_equal_one(tmp_path, family, packed):
+    """Also where a micro-batch (a pack) of one rank has no image; tower trained, so that its gradients cross ranks."""
     workspace = VisionWorkspace(tmp_path, family, freeze={"vision_tower": False, "embeddings": False})
     options = ("--step_scheduler.local_batch_size=1", "--validation_dataset=null", "--optimizer.lr=0.0005")
+    options = (*options, f"--packed_sequence.packed_sequence_size={packed}")
     one = workspace.run(*options)
     two = workspace.spawn(*options, "--nproc-per-node=2", out="two")
     assert [line["num_images"] for line in two] == [line["num_images"] for line in one]
