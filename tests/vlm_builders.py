@@ -116,6 +116,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "image_processor": ("GotOcr2ImageProcessorPil", {"size": _SQUARE, "max_patches": 3}),
         "ids": {"image_token_id": "<IMG_CONTEXT>"},
     },
+    "llava": {
+        "names": {"image_token": "<image>"},
+        "image": "<image>\n",
+        "processor": (
+            "LlavaProcessor",
+            {"patch_size": 14, "vision_feature_select_strategy": "full", "num_additional_image_tokens": 1},
+        ),
+        "image_processor": (
+            "CLIPImageProcessorPil",
+            {"size": {"shortest_edge": 56}, "crop_size": _SQUARE},
+        ),
+        "config": {"vision_feature_select_strategy": "full"},
+        "ids": {"image_token_index": "<image>"},
+    },
     "llava_onevision": {
         "names": {"image_token": "<image>", "video_token": "<video>"},
         "image": "<image>\n",

@@ -57,7 +57,7 @@ class _NeMoAutoModel:
         peft: Any = None,
         distributed: Any = None,
         compile: Any = None,
-        packed: bool = False,
+        packed: bool | str = False,
         fp8: Any = None,
         quantization: Any = None,
         freeze: Any = None,
@@ -76,7 +76,8 @@ class _NeMoAutoModel:
             peft: a ``PeftConfig``, or None for all weights.
             distributed: a ``DistributedManager``, or None to stay on one device, unsharded.
             compile: a ``CompileConfig``, or None not to compile.
-            packed: batches will be packed; refused for models whose layers would mix documents.
+            packed: batches will be packed; "images": rows with images, too. Refused for models whose layers would mix
+                documents.
             fp8: an ``Fp8Config``, or None to compute in ``dtype`` alone.
             quantization: a ``QuantizationConfig``, or None to keep frozen weights in ``dtype``.
             freeze: a ``Freeze``, which parts of a vision-language model are not trained, or None to train all.
@@ -126,7 +127,7 @@ class _NeMoAutoModel:
         peft: Any = None,
         distributed: Any = None,
         compile: Any = None,
-        packed: bool = False,
+        packed: bool | str = False,
         fp8: Any = None,
         quantization: Any = None,
         freeze: Any = None,
@@ -200,7 +201,7 @@ def _assemble(
     peft: Any,
     distributed: Any,
     compile: Any,
-    packed: bool,
+    packed: bool | str,
     fp8: Any,
     quantization: Any,
     freeze: Any,
@@ -212,7 +213,7 @@ def _assemble(
     with tried_on(model) as whole:  # what is found out by running it, while nothing is sharded
         find_window(whole)
         if packed:
-            require_packing(whole)
+            require_packing(whole, images=packed == "images")
         if sizes is not None and sizes.cp > 1:
             require_context_parallel(whole)
     device = next(model.parameters()).device if distributed is None else torch.device(distributed.device)

@@ -90,6 +90,11 @@ def takes_positions(model: nn.Module) -> bool:
     return "position_ids" in inspect.signature(type(model).forward).parameters
 
 
+def position_counter(model: nn.Module) -> Callable[..., Any] | None:
+    """The model's function from ids and image sizes to positions of several dimensions, None where it counts in one."""
+    return next((m.get_rope_index for m in model.modules() if hasattr(m, "get_rope_index")), None)  # type: ignore[return-value]
+
+
 def registered_types(kind: str) -> list[str]:
     """The model types that this transformers registers for ``kind``: causal, or vlm (image and text to text)."""
     names = {"causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "vlm": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"}
@@ -344,6 +349,23 @@ def json_file_of(name: str, file: str, **source: Any) -> dict[str, Any]:
     """What ``file`` of the checkpoint ``name`` says; nothing where it has none."""
     path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **source)
     return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+
+
+def registered_processor(model_type: str) -> tuple[Any, dict[str, str | None]]:
+    """The processor class registered for a type, None without one, and its image processors' names by back end."""
+    from transformers.models.auto import image_processing_auto, processing_auto
+
+    name = processing_auto.PROCESSOR_MAPPING_NAMES.get(model_type)
+    by_backend: Any = image_processing_auto.IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type)
+    if isinstance(by_backend, (tuple, list)):  # before back ends had names: the slow one, which is PIL's, comes first
+        by_backend = dict(zip(("pil", "torchvision"), by_backend, strict=False))
+    return name and processing_auto.processor_class_from_name(name), by_backend or {}
+
+
+def required_packages(cls: Any) -> tuple[str, ...]:
+    """The packages that a class of transformers names as needed, whether they are here or not."""
+    found = getattr(cls, "__backends", None) or getattr(cls, "_backends", None) or ()
+    return tuple(str(getattr(backend, "value", backend)) for backend in found)
 
 
 def processor_class(name: str, config: PretrainedConfig | None, **source: Any) -> Any:

@@ -18,26 +18,23 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from nemo_automodel._transformers import compat, packing_trial
+from nemo_automodel._transformers import compat
 from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM, NeMoAutoModelForImageTextToText
 from nemo_automodel._transformers.coverage_cells import LATER, THEIRS, YES, Differs, Row, attempt
+from nemo_automodel._transformers.coverage_packing import pack_images, pack_texts
 from nemo_automodel._transformers.coverage_ranks import Pair, one_rank
 from nemo_automodel._transformers.coverage_steps import (
     adapter_of,
     batch_for,
-    loss_function,
     lost,
     same_logits,
     same_losses,
     same_tensors,
-    sum_of_losses,
     train_ours,
     train_plain,
-    with_labels,
 )
-from nemo_automodel._transformers.forward import forward_loss
 from nemo_automodel._transformers.head import head_of
-from nemo_automodel._transformers.plain import away_from_symmetry, shifted, without_chance
+from nemo_automodel._transformers.plain import away_from_symmetry, without_chance
 from nemo_automodel._transformers.tiny_twin import tiny_twin
 from nemo_automodel._transformers.twin_batch import takes_images
 from nemo_automodel._transformers.twin_start import start_config
@@ -200,27 +197,11 @@ class _Trial:
         return one_rank(self.model, self.batches)
 
     def pack(self) -> None:
-        """Two documents in one row have the loss that they have as two rows."""
-        if self.kind == "vlm":
-            raise Differs("images are not packed yet")
-        model = self.our_class.from_pretrained(str(self.base), dtype="float32", packed=True)
-        documents = packing_trial._documents(model)
-        lengths = [ids.shape[1] for ids in documents]
-        ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-        labels = torch.cat([shifted(ids) for ids in documents], 1)
-        packed = {
-            "input_ids": torch.cat(documents, 1),
-            "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
-            "cu_seq_lens_q": ends,
-            "cu_seq_lens_k": ends,
-            "max_length_q": max(lengths),
-            "max_length_k": max(lengths),
-        }
-        with torch.no_grad():
-            loss, _ = forward_loss(model, with_labels(packed, labels), loss_function())
-            plain = self._load_plain(self.base)
-            wanted = sum(sum_of_losses(plain, ids) for ids in documents)
-        same_losses([float(loss)], [float(wanted)])
+        """Documents in one row have the loss that they have as rows; with images, where the model sees."""
+        sees = self.kind == "vlm" and not self.blind
+        packed = "images" if sees else True
+        model = self.our_class.from_pretrained(str(self.base), dtype="float32", packed=packed)
+        (pack_images if sees else pack_texts)(model, self._load_plain(self.base))
 
 
 logging.getLogger("transformers").setLevel(logging.ERROR)

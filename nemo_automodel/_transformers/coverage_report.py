@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from nemo_automodel._transformers.coverage_cells import COLUMNS, LATER, YES, Row
+from nemo_automodel._transformers.processor_kinds import MEANING, processor_kind
 
 _KINDS = {"causal": "Causal language models", "vlm": "Vision-language models (image, text to text)"}
 _MEANING = """\
@@ -23,8 +24,8 @@ table explains.
 - **load**: our autoclass loads its directory, every tensor bit for bit.
 - **sft**, **lora**: three steps have the losses of a plain transformers loop, of PEFT's, to 1e-4 relative.
 - **save**, **adapter**: what is saved is reloaded by plain transformers, by PEFT, with the logits of the live model.
-- **fused**: the loss is computed without logits. **attention**: ours is used. **packing**: two documents in one row have
-  the loss that they have apart.
+- **fused**: the loss is computed without logits. **attention**: ours is used. **packing**: documents in one row have the
+  loss that they have apart; of a model that sees, two of them with an image and one without, and every gradient too.
 - **fsdp2**, **tp2**: a step on two ranks (sharded by FSDP2, or cut by tensor parallelism, by the model's own plan or an
   inferred one) has the losses and every gradient of one rank.
 
@@ -85,15 +86,18 @@ def _page(rows: Sequence[Row], date: str) -> str:
     for kind, title in _KINDS.items():
         mine = [row for row in _sorted(rows) if row.kind == kind]
         if mine:
-            parts += [f"## {title}", summary(rows, kind) + ".", _table(mine)]
+            parts += [f"## {title}", summary(rows, kind) + "."]
+            parts += [MEANING, _table(mine, processors=True)] if kind == "vlm" else [_table(mine)]
     return "\n\n".join(parts) + "\n"
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[Row], processors: bool = False) -> str:
     reasons: dict[str, int] = {}
-    lines = ["| architecture | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    columns = [*COLUMNS, "processor"] if processors else COLUMNS
+    lines = ["| architecture | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for row in rows:
         cells = [_cell(row.cells.get(column, ""), reasons) for column in COLUMNS]
+        cells += [processor_kind(row.model_type)] if processors else []
         lines.append(f"| {row.model_type} | " + " | ".join(cells) + " |")
     notes = [f"{number}. {_escaped(reason)}" for reason, number in reasons.items()]
     return "\n".join(lines) + ("\n\n" + "\n".join(notes) if notes else "")

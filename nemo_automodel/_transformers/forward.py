@@ -29,7 +29,7 @@ from nemo_automodel._transformers.head import (
     vocabulary_group,
 )
 from nemo_automodel._transformers.inputs import is_right_padded
-from nemo_automodel._transformers.packing import PASSES_DOCUMENTS, refuse_packing
+from nemo_automodel._transformers.packed_rows import prepare_packed, towers_apart
 from nemo_automodel._transformers.window_trial import passes_window
 from nemo_automodel.components.attention.layout import Layout, announce
 from nemo_automodel.errors import ConfigError
@@ -83,7 +83,7 @@ def run(base_forward: Callable[..., Any], model: nn.Module, args: tuple[Any, ...
     request = kwargs.pop("loss_request", None)
     if request is not None:
         return run_with_request(base_forward, model, args, kwargs, request)
-    with announce(_prepare_packed(model, kwargs)):
+    with announce(prepare_packed(model, kwargs)), towers_apart(model, "cu_seq_lens_q" in kwargs):
         if kwargs.get("labels") is None:
             return base_forward(model, *args, **kwargs)
         return _run_with_labels(base_forward, model, args, kwargs)
@@ -101,10 +101,10 @@ def run_with_request(
     if request.context is not None:
         layout: Layout | None = context_layout(model, request.context)
     else:
-        layout = _prepare_packed(model, inputs) or _prepare_padded(model, inputs, request.right_padded)
+        layout = prepare_packed(model, inputs) or _prepare_padded(model, inputs, request.right_padded)
     inputs["use_cache"] = False
     inputs = _accepted(base_forward, inputs)
-    with announce(layout):
+    with announce(layout), towers_apart(model, "cu_seq_lens_q" in inputs):
         outputs = _forward_with_loss(base_forward, model, args, inputs, request, request.labels, _zero)
         if _hides_its_parameters(model, request):
             model.enable_input_require_grads()  # type: ignore[operator]
@@ -342,22 +342,6 @@ def _loss_of_logits(request: LossRequest, logits: Tensor, labels: Tensor, state:
 
 def _zero(ce_sum: Tensor) -> Tensor:
     return torch.zeros((), dtype=torch.float32, device=ce_sum.device)
-
-
-def _prepare_packed(model: nn.Module, inputs: dict[str, Any]) -> Layout | None:
-    """The layout of a packed batch, with a mask of ones so that transformers does not look for documents itself."""
-    cu_seqlens = inputs.get("cu_seq_lens_q")
-    if cu_seqlens is None:
-        return None
-    if PASSES_DOCUMENTS not in model.__dict__:  # not loaded with packed=True: dense masks, which are always right
-        refuse_packing(model)
-        model.__dict__[PASSES_DOCUMENTS] = False
-    if compat.attention_name(model) != "automodel":
-        return None
-    positions = inputs.get("position_ids")
-    if inputs.get("attention_mask") is None and positions is not None:
-        inputs["attention_mask"] = torch.ones_like(positions)
-    return Layout(cu_seqlens, passes_window(model), documents_as_argument=model.__dict__[PASSES_DOCUMENTS])
 
 
 def _prepare_padded(model: nn.Module, inputs: dict[str, Any], right_padded: bool | None) -> Layout | None:

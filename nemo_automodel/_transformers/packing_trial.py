@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from nemo_automodel._transformers.packed_images_trial import require_packed_images
 from nemo_automodel._transformers.packing import FIX, PASSES_DOCUMENTS, refuse_packing
 from nemo_automodel._transformers.window_trial import shrunk_windows
 from nemo_automodel.components.attention import function
@@ -22,17 +23,20 @@ _WINDOW = 4  # that every sliding window is shrunk to
 _LENGTHS = (6, 18)  # of the two documents tried: both longer than the window
 
 
-def require_packing(model: nn.Module) -> None:
+def require_packing(model: nn.Module, images: bool = False) -> None:
     """Raise ModelError, with the reason, where packed documents would see each other in ``model``.
 
-    Call it on a whole model, before it is sharded; two short documents are run through it.
+    Call it on a whole model, before it is sharded; two short documents are run through it. With ``images``, documents
+    with images are tried instead, on its tiny twin.
     """
     refuse_packing(model)
-    _try_two_documents(model)
+    _try_two_documents(model, images)
+    if images:
+        require_packed_images(model)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
-def _try_two_documents(model: nn.Module) -> None:
+def _try_two_documents(model: nn.Module, images: bool) -> None:
     """Find out whether boundaries reach every attention call, or a mask must say them; raise where neither helps."""
     training = model.training
     model.eval()
@@ -48,7 +52,7 @@ def _try_two_documents(model: nn.Module) -> None:
                 type(model).__name__,
             )
         with shrunk_windows(_WINDOW):
-            apart = _apart(model)
+            apart = images or _apart(model)
         if not apart:
             raise ModelError(
                 f"packed_sequence: {type(model).__name__} gives a packed document other logits than the same document "

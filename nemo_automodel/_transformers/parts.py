@@ -46,6 +46,32 @@ def has_towers(model: nn.Module) -> bool:
     return "vision_tower" in _roots(model).values()
 
 
+def outside_language_model(model: nn.Module) -> list[nn.Module]:
+    """The outermost modules that are no part of the language model, its head or its embeddings."""
+    roots = _roots(model)
+    inside = [name for name, part in roots.items() if name and part in ("language_model", "embeddings")]
+    if roots[""] == "language_model":  # its layers are the model's own
+        return [
+            model.get_submodule(name)
+            for name, part in roots.items()
+            if name and part not in ("language_model", "embeddings")
+        ]
+    found: list[nn.Module] = []
+
+    def walk(module: nn.Module, path: str) -> None:
+        for name, child in module.named_children():
+            full = f"{path}{name}"
+            if full in inside:
+                continue
+            if any(other.startswith(f"{full}.") for other in inside):
+                walk(child, f"{full}.")
+            else:
+                found.append(child)
+
+    walk(model, "")
+    return found
+
+
 def parameters_by_part(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Every parameter of ``model`` with its name, by part; a tied one counts once, as what it is first."""
     part_of = part_finder(model)

@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText
 
 from nemo_automodel._transformers.processor import load_processor
 from nemo_automodel.components.datasets.loader import DataLoader
+from nemo_automodel.components.datasets.packing import PackedSequence
 from nemo_automodel.components.datasets.vlm.conversation import make_vlm_chat_dataset
 from nemo_automodel.config import load
 from tests.recipes.workspace import ROOT
@@ -227,19 +228,64 @@ def test_without_images_it_is_the_language_recipe(tmp_path):
     assert all(line["num_images"] == 0 for line in seeing)
 
 
+PACKED = ("--packed_sequence.packed_sequence_size=128", "--step_scheduler.global_batch_size=1", "--step_scheduler.local_batch_size=1", "--step_scheduler.max_steps=8")  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", pytest.param("gemma3", marks=pytest.mark.full), pytest.param("smolvlm", marks=pytest.mark.full)])  # fmt: skip
+def test_packed_rows_train_and_resume_bitwise(tmp_path, family):
+    """Through the command: the loss falls, every image and token is counted, a pack is worth its rows, what is left of
+    a run that was stopped repeats every bit."""
+    size = 256 if family == "smolvlm" else 128
+    options = (*PACKED, f"--packed_sequence.packed_sequence_size={size}")
+    workspace = VisionWorkspace(tmp_path, family)
+    whole = workspace.spawn(*options, "--step_scheduler.val_every_steps=8")
+    assert whole[-1]["loss"] < 0.9 * whole[0]["loss"]
+    processor = load_processor(str(workspace.model))
+    data = make_vlm_chat_dataset(processor, str(tmp_path / "data.jsonl"))
+    loader = DataLoader(data, packing=PackedSequence(size))
+    epoch = loader.steps_per_epoch(0)
+    assert epoch < len(data) / 2
+    assert sum(line["num_images"] for line in whole[:epoch]) == 12
+    assert sum(line["num_label_tokens"] for line in whole[:epoch]) == data.stats.label_tokens
+    saved = AutoModelForImageTextToText.from_pretrained(workspace.saved(), dtype=torch.float32).train()
+    assert workspace.plain_loss(saved, processor) == pytest.approx(
+        workspace.lines("validation.jsonl")[-1]["val_loss"], rel=1e-5
+    )
+    workspace.run(*options, "--step_scheduler.ckpt_every_steps=5", "--step_scheduler.max_steps=8", out="stopped")
+    half = next((tmp_path / "stopped").glob("epoch_*_step_5"))
+    resumed = workspace.run(*options, f"--checkpoint.restore_from={half}", out="resumed")
+    assert hexes(resumed) == hexes(whole)[5:]
+    names = [workspace.saved(out) / "model.safetensors" for out in ("out", "resumed")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
 def test_packing_is_refused_with_the_reason(tmp_path):
-    from nemo_automodel.errors import DataError
+    """A row that no pack holds; a model whose packed documents would not be what they are alone."""
+    from nemo_automodel.errors import DataError, ModelError
 
-    workspace = VisionWorkspace(tmp_path)
-    with pytest.raises(DataError, match="rows with images are not packed, because"):
-        workspace.run("--packed_sequence.packed_sequence_size=128")
+    workspace = VisionWorkspace(tmp_path, "qwen3_vl")
+    with pytest.raises(DataError, match=r"rows are longer than packed_sequence\.packed_sequence_size=20"):
+        workspace.run("--packed_sequence.packed_sequence_size=20")
+    with pytest.raises(
+        ModelError, match=r"other logits than .* by itself; write packed_sequence.packed_sequence_size: 0"
+    ):
+        workspace.run(*PACKED, "--model.attn_implementation=sdpa")  # which finds documents by ordinary positions only
 
 
-@pytest.mark.parametrize("family", ["gemma3", pytest.param("qwen3_vl", marks=pytest.mark.full)])
-def test_two_ranks_equal_one(tmp_path, family):
-    """Also where a micro-batch of one rank has no image; tower trained, so that its gradients cross ranks."""
+@pytest.mark.parametrize(
+    ("family", "packed"),
+    [
+        ("gemma3", 0),
+        pytest.param("qwen3_vl", 0, marks=pytest.mark.full),
+        pytest.param("gemma3", 64, marks=pytest.mark.full),
+        pytest.param("qwen3_vl", 48, marks=pytest.mark.full),
+    ],
+)
+def test_two_ranks_equal_one(tmp_path, family, packed):
+    """Also where a micro-batch (a pack) of one rank has no image; tower trained, so that its gradients cross ranks."""
     workspace = VisionWorkspace(tmp_path, family, freeze={"vision_tower": False, "embeddings": False})
     options = ("--step_scheduler.local_batch_size=1", "--validation_dataset=null", "--optimizer.lr=0.0005")
+    options = (*options, f"--packed_sequence.packed_sequence_size={packed}")
     one = workspace.run(*options)
     two = workspace.spawn(*options, "--nproc-per-node=2", out="two")
     assert [line["num_images"] for line in two] == [line["num_images"] for line in one]

@@ -65,3 +65,13 @@ def announce(layout: Layout | None) -> Iterator[None]:
         yield
     finally:
         _CURRENT.reset(token)
+
+
+@contextmanager
+def unannounced() -> Iterator[None]:
+    """What runs inside has another sequence than the announced one: a tower beside the language model."""
+    token = _CURRENT.set(None)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)

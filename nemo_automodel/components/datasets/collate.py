@@ -7,13 +7,14 @@ EOS keeps every EOS it was given.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from nemo_automodel.types import IGNORE_INDEX, Batch, VisionInputs
 
+_MULTIPLE = 8
 Row = tuple[np.ndarray, np.ndarray]  # input_ids [S], labels [S]; both int64
 
 
@@ -52,32 +53,49 @@ def collate_packed(packs: Sequence[Sequence[Row]], sample_ids: list[int], size: 
         packs: L packs, each a list of documents (input_ids, labels) of at most ``size`` tokens together.
         sample_ids: dataset rows that are in the batch.
         size: tokens in a pack; what is left of it becomes a masked document of its own, so that shapes never change.
+            A pack that was given more (a filler) is as long as that, rounded up to a multiple of 8.
         pad_id: any valid token id.
 
     Returns:
         input_ids, labels, position_ids [1, L*size] and cu_seq_lens_q/k [D+1].
     """
-    total = len(packs) * size
+    lengths = packed_lengths([[len(ids) for ids, _ in documents] for documents in packs], size)
+    total = sum(map(sum, lengths))
     input_ids = np.full((1, total), pad_id, dtype=np.int64)
     labels = np.full((1, total), IGNORE_INDEX, dtype=np.int64)
-    lengths: list[int] = []
-    num_tokens = 0
-    for start, documents in zip(range(0, total, size), packs, strict=True):
+    num_tokens = start = 0
+    for documents, parts in zip(packs, lengths, strict=True):
         at = start
         for ids, targets in documents:
             input_ids[0, at : at + len(ids)] = ids
             labels[0, at : at + len(ids)] = targets
             at += len(ids)
-            lengths.append(len(ids))
             num_tokens += len(ids)
-        if at < start + size:
-            lengths.append(start + size - at)
+        start += sum(parts)
     batch = _batch(input_ids, labels, sample_ids, num_tokens)
+    return cast(Batch, {**batch, **boundaries([n for parts in lengths for n in parts])})
+
+
+def packed_lengths(packs: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+    """The documents' lengths by pack, what is left of a pack of ``size`` tokens as one more."""
+    found = []
+    for lengths in packs:
+        room = max(size, -(-sum(lengths) // _MULTIPLE) * _MULTIPLE if sum(lengths) > size else 0) - sum(lengths)
+        found.append([*lengths, room] if room else list(lengths))
+    return found
+
+
+def boundaries(lengths: Sequence[int]) -> dict[str, Any]:
+    """What tells a model where packed documents of ``lengths`` tokens lie in their row, by transformers' names."""
     bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    batch["position_ids"] = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
-    batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = bounds
-    batch["max_length_q"] = batch["max_length_k"] = max(lengths)
-    return batch
+    longest = max(lengths)
+    return {
+        "position_ids": torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0),
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 def collate_vision(rows: Sequence[VisionInputs], width: int, num_images: int) -> dict[str, Any]:
@@ -97,11 +115,52 @@ def collate_vision(rows: Sequence[VisionInputs], width: int, num_images: int) ->
         shape = _largest([row.rows[key].shape for row in rows if key in row.rows])
         like = next(row.rows[key] for row in rows if key in row.rows)
         batch[key] = torch.stack([_padded(row.rows.get(key, like.new_zeros([0] * like.ndim)), shape) for row in rows])
-    for key in _keys(row.images for row in rows):
-        parts = [row.images[key] for row in rows if key in row.images]
-        shape = _largest([part.shape[1:] for part in parts])
-        batch[key] = torch.cat([_padded(part, (len(part), *shape)) for part in parts])
-    return batch
+    return batch | _images_of(rows)
+
+
+def collate_packed_vision(
+    packs: Sequence[Sequence[VisionInputs]], lengths: Sequence[Sequence[int]], num_images: int
+) -> dict[str, Any]:
+    """``collate_vision`` for documents that share a row: their images one after the other, in the documents' order.
+
+    What is one a row, however many images it has, is joined along its images; a single number stays one a document.
+
+    Args:
+        packs: L packs' documents' inputs.
+        lengths: tokens of each of these documents, and what is left of a pack (``packed_lengths``).
+        num_images: images of the rows that are not filler.
+    """
+    batch: dict[str, Any] = {"num_images": num_images}
+    documents: list[VisionInputs] = []
+    for inputs, parts in zip(packs, lengths, strict=True):
+        documents += [*inputs, *[VisionInputs({}, {}, {})] * (len(parts) - len(inputs))]
+    sizes = [n for parts in lengths for n in parts]
+    for key in _keys(document.tokens for document in documents):
+        shape = _largest([document.tokens[key].shape[1:] for document in documents if key in document.tokens])
+        like = next(document.tokens[key] for document in documents if key in document.tokens)
+        empty = like.new_zeros(0, *shape)
+        padded = [_padded(d.tokens.get(key, empty), (n, *shape)) for d, n in zip(documents, sizes, strict=True)]
+        batch[key] = torch.cat(padded)[None]
+    for key in _keys(document.rows for document in documents):
+        like = next(document.rows[key] for document in documents if key in document.rows)
+        if like.ndim == 0:
+            batch[key] = torch.stack([document.rows.get(key, torch.zeros_like(like)) for document in documents])
+            continue
+        batch[key] = _joined([document.rows[key] for document in documents if key in document.rows])[None]
+    return batch | _images_of(documents)
+
+
+def _images_of(rows: Sequence[VisionInputs]) -> dict[str, torch.Tensor]:
+    return {
+        key: _joined([row.images[key] for row in rows if key in row.images])
+        for key in _keys(row.images for row in rows)
+    }
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """``parts`` [n, ...] one after the other, each as large as the largest in the other dimensions."""
+    shape = _largest([part.shape[1:] for part in parts])
+    return torch.cat([_padded(part, (len(part), *shape)) for part in parts])
 
 
 def _keys(mappings: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -19,7 +19,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader as TorchDataLoader
 
-from nemo_automodel.components.datasets.collate import Row, collate_packed, collate_padded, collate_vision
+from nemo_automodel.components.datasets.collate import (
+    Row,
+    collate_packed,
+    collate_packed_vision,
+    collate_padded,
+    collate_vision,
+    packed_lengths,
+)
 from nemo_automodel.components.datasets.packing import PackedSequence, pack, without_overlong
 from nemo_automodel.components.datasets.workers import outlive_signals
 from nemo_automodel.errors import AutoModelError, DataError
@@ -81,12 +88,6 @@ class DataLoader:
             )
         if len(dataset) == 0:
             raise DataError("the dataset has no rows")
-        if packing is not None and packing.packed_sequence_size and hasattr(dataset, "filler"):
-            raise DataError(
-                f"packed_sequence.packed_sequence_size={packing.packed_sequence_size}: rows with images are not packed, "
-                "because vision-language models place and mask the tokens of an image by the whole row; leave it out, or "
-                "write 0"
-            )
         self.dataset, self.packing, self.seed = dataset, packing, seed
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.global_batch_size, self.local_batch_size = global_batch_size, local_batch_size
@@ -222,17 +223,39 @@ class _MicroBatches:
         try:
             if self.size:
                 ids = [index for documents in items if documents != FILLER for index in documents]
-                packs = [[self.row(i) for i in documents] if documents != FILLER else [] for documents in items]
-                return collate_packed(packs, ids, self.size, self.pad_id)
+                packs = [documents if documents != FILLER else [] for documents in items]
+                return self._packed(packs, ids)
             ids = [index for index in items if index != FILLER]
             samples = [self.dataset[index] for index in ids]
             rows = [self._checked(index, sample) for index, sample in zip(ids, samples, strict=True)]
-            if any("vision" in sample for sample in samples) or hasattr(self.dataset, "filler"):
+            if self._sees(samples):
                 return self._with_images(rows, samples, ids, len(items) - len(ids))
             rows += [self.row(FILLER)] * (len(items) - len(ids))
             return collate_padded(rows, ids, self.pad_id, self.multiple)
         except AutoModelError as error:
             return error
+
+    def _sees(self, samples: Sequence[Sample]) -> bool:
+        return hasattr(self.dataset, "filler") or any("vision" in sample for sample in samples)
+
+    def _packed(self, packs: list[list[int]], ids: list[int]) -> Batch:
+        """Packs of whole rows; those of one without any image get a masked document that has one, as padded rows do."""
+        samples = {index: self.dataset[index] for index in ids}
+        rows = [[self._checked(index, samples[index]) for index in documents] for documents in packs]
+        if not self._sees(list(samples.values())):
+            return collate_packed(rows, ids, self.size, self.pad_id)
+        vision = [[samples[index].get("vision", _NO_IMAGES) for index in documents] for documents in packs]
+        num_images = sum(inputs.num_images for documents in vision for inputs in documents)
+        filler = None if num_images else getattr(self.dataset, "filler", None)
+        if filler is not None:
+            used = [sum(len(row_ids) for row_ids, _ in documents) for documents in rows]
+            emptiest = used.index(min(used))
+            rows[emptiest].append(self._checked(FILLER, filler))
+            vision[emptiest].append(filler["vision"])
+        batch = collate_packed(rows, ids, self.size, self.pad_id)
+        batch["num_tokens"] -= len(filler["input_ids"]) if filler is not None else 0
+        lengths = packed_lengths([[len(row_ids) for row_ids, _ in documents] for documents in rows], self.size)
+        return cast(Batch, {**batch, **collate_packed_vision(vision, lengths, num_images)})
 
     def _with_images(self, rows: list[Row], samples: list[Sample], ids: list[int], fillers: int) -> Batch:
         """A padded micro-batch with images; one without any gets a masked row that has one.

@@ -66,7 +66,7 @@ def main(cfg: Config) -> int:
         peft=peft,
         distributed=dist,
         compile=cfg.compile.instantiate(),
-        packed=packing.packed_sequence_size > 0,
+        packed="images" if packing.packed_sequence_size else False,
         fp8=cfg.fp8.instantiate(),  # None without the section: computed in the model's dtype
         quantization=cfg.quantization.instantiate(),  # None without the section: frozen weights stay as they are
         freeze=cfg.freeze.instantiate(),  # the vision tower and the embeddings, if the section does not say

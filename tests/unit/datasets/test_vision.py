@@ -3,6 +3,7 @@ is ever cut, and what is wrong with a row is said in one line."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 
@@ -14,6 +15,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from nemo_automodel._transformers.processor import load_processor
+from nemo_automodel._transformers.processor_kinds import processor_kind
 from nemo_automodel.components.datasets.loader import DataLoader
 from nemo_automodel.components.datasets.packing import PackedSequence
 from nemo_automodel.components.datasets.vlm.conversation import make_vlm_chat_dataset
@@ -312,10 +314,83 @@ def test_a_micro_batch_without_images_still_runs_the_tower(processors, folder):
     assert unseen["sample_ids"] == [1]
 
 
-def test_rows_with_images_are_not_packed(processors, folder):
-    data = make_vlm_chat_dataset(processors("gemma3"), write(folder, [ONE, BARE]))
-    with pytest.raises(DataError, match="rows with images are not packed, because"):
-        DataLoader(data, packing=PackedSequence(packed_sequence_size=128))
+def test_whole_rows_share_a_pack_and_their_images_follow_each_other(processors, folder):
+    """Grids and patches in the documents' order; what is of tokens stands where its document stands."""
+    data = make_vlm_chat_dataset(processors("qwen3_vl"), write(folder, [ONE, BARE, TWO, TURNS]))
+    size = int(data.lengths[:3].sum()) + 3
+    loader = DataLoader(data, packing=PackedSequence(size), shuffle=False, drop_last=False)
+    (first,), (second,) = loader.steps(0)
+    assert (first["sample_ids"], second["sample_ids"]) == ([0, 1, 2], [3])
+    assert (first["num_images"], second["num_images"]) == (3, 2)
+    assert first["input_ids"].shape == second["input_ids"].shape == (1, size)
+    assert first["num_tokens"] == int(data.lengths[:3].sum())
+    ends = first["cu_seq_lens_q"].tolist()
+    assert ends == [0, *np.cumsum(data.lengths[:3]).tolist(), size]
+    for i in range(3):
+        sample, start, end = data[i], ends[i], ends[i + 1]
+        assert first["input_ids"][0, start:end].tolist() == sample["input_ids"]
+        assert first["mm_token_type_ids"][0, start:end].equal(sample["vision"].tokens["mm_token_type_ids"])
+    assert not first["mm_token_type_ids"][0, ends[3] :].any()
+    seen = [data[i]["vision"].images for i in (0, 2)]
+    for key in ("pixel_values", "image_grid_thw"):
+        assert first[key].equal(torch.cat([images[key] for images in seen]))
+
+
+def test_what_a_row_has_once_is_joined_along_its_images(processors, folder):
+    """SmolVLM's tiles are one entry a row, padded to the most of any row; Llava-OneVision counts images by row."""
+    data = make_vlm_chat_dataset(processors("smolvlm"), write(folder, [ONE, BARE, TWO]))
+    ((batch,),) = DataLoader(data, packing=PackedSequence(int(data.lengths.sum())), shuffle=False).steps(0)
+    parts = [data[i]["vision"].rows["pixel_values"] for i in (0, 2)]
+    assert batch["pixel_values"].equal(torch.cat(parts)[None])
+    data = make_vlm_chat_dataset(processors("llava_onevision"), write(folder, [ONE, BARE, TWO]))
+    ((batch,),) = DataLoader(data, packing=PackedSequence(int(data.lengths.sum())), shuffle=False).steps(0)
+    assert batch["batch_num_images"].tolist() == [1, 0, 2]
+    assert batch["pixel_values"].shape[0] == batch["image_sizes"].shape[0] == 3
+
+
+def test_a_pack_without_images_still_runs_the_tower(processors, folder):
+    """The masked document with an image takes what room is left, or makes the pack longer; it counts nowhere."""
+    data = make_vlm_chat_dataset(processors("gemma3"), write(folder, [BARE, ONE]))
+    blank, words = len(data.filler["input_ids"]), int(data.lengths[0])
+    long = int(data.lengths[1])  # of the row with an image: the least that a pack must hold
+    for size, width in ((words + blank + 5, words + blank + 5), (long, -(-(words + blank) // 8) * 8)):
+        loader = DataLoader(data, packing=PackedSequence(size), shuffle=False)
+        first = next(iter(loader.steps(0)))[0]
+        if size == long:
+            assert words + blank > long
+            assert first["sample_ids"] == [0]
+        assert first["num_images"] == 0
+        assert first["input_ids"].shape == (1, width)
+        assert first["pixel_values"].shape == (1, 3, 64, 64)
+        assert first["num_tokens"] == words
+        assert first["num_label_tokens"] == sum(label != IGNORE_INDEX for label in data[0]["labels"])
+
+
+def test_a_row_longer_than_a_pack_is_an_error_or_left_out_and_counted(processors, folder, caplog):
+    data = make_vlm_chat_dataset(processors("gemma3"), write(folder, [ONE, TURNS, BARE]))
+    size = int(data.lengths[0])
+    with pytest.raises(DataError, match=rf"1 of 3 rows are longer than packed_sequence.packed_sequence_size={size}"):
+        DataLoader(data, packing=PackedSequence(size))
+    loader = DataLoader(data, packing=PackedSequence(size, overlong="drop"), shuffle=False)
+    assert loader.rows_dropped == 1
+    assert f"1 rows longer than packed_sequence_size={size} are left out" in caplog.text
+    assert [batch["sample_ids"] for (batch,) in loader.steps(0)] == [[0], [2]]
+
+
+def test_the_order_of_packs_is_a_function_of_seed_epoch_and_index(processors, folder):
+    data = make_vlm_chat_dataset(processors("internvl"), write(folder, [ONE, TWO, TURNS, BARE, ONE, BARE]))
+    packing = PackedSequence(int(data.lengths.max()) + 20)
+
+    def packs(rank, ranks, epoch=1, first=0, **options):
+        loader = DataLoader(data, packing=packing, seed=5, dp_rank=rank, dp_size=ranks, global_batch_size=2, **options)
+        return [[batch["sample_ids"] for batch in step] for step in loader.steps(epoch, first)]
+
+    alone = packs(0, 1)
+    assert packs(0, 1, first=1) == alone[1:]
+    assert packs(0, 1, num_workers=2) == alone
+    assert packs(0, 1, epoch=2) != alone
+    together = [[a, b] for (a,), (b,) in zip(packs(0, 2), packs(1, 2), strict=True)]
+    assert together == alone
 
 
 def test_workers_and_order_change_nothing(processors, folder):
@@ -351,6 +426,18 @@ def test_no_processor_or_one_without_images_or_template_is_one_line(tmp_path, pr
     bare = load_processor(str(tmp_path / "bare"))
     with pytest.raises(DataError, match=r"has no chat template; set processor\.chat_template"):
         make_vlm_chat_dataset(bare, write(folder, [ONE]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_table_says_of_a_processor_is_what_loading_does(processors, tmp_path, caplog, family):
+    """Without torchvision: one with a video part is said to be for images only, one of images alone says nothing."""
+    if importlib.util.find_spec("torchvision") is not None:
+        pytest.skip("torchvision is installed")
+    processors(family)  # skips where it cannot be built
+    write_processor(family, tmp_path)
+    load_processor(str(tmp_path))
+    said = "for images only, because its video part cannot be imported here" in caplog.text
+    assert processor_kind(family) == ("PIL, images only" if said else "PIL")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_automodel._transformers import coverage, coverage_ranks, coverage_steps
+from nemo_automodel._transformers import coverage, coverage_packing, coverage_ranks, coverage_steps
 from nemo_automodel._transformers.compat import registered_types
 from nemo_automodel._transformers.coverage import check
 from nemo_automodel._transformers.coverage_cells import COLUMNS, REQUIRED, YES, Row
@@ -52,6 +52,7 @@ def in_its_own_process(kind: str, model_type: str) -> Row:
 def test_an_architecture_trains_and_round_trips(kind: str, model_type: str) -> None:
     row = in_its_own_process(kind, model_type)
     wanted = (*REQUIRED, "fsdp2", "tp2") if model_type in CUT else (*REQUIRED, "fsdp2")
+    wanted = (*wanted, "packing") if kind == "vlm" else wanted  # with images
     assert {column: row.cells[column] for column in wanted} == dict.fromkeys(wanted, YES)
 
 
@@ -71,7 +72,7 @@ def test_a_wrong_loss_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         ce_sum, aux = right(*args)
         return ce_sum * 1.0002, aux
 
-    for module in (coverage, coverage_steps):
+    for module in (coverage_packing, coverage_steps):
         monkeypatch.setattr(module, "forward_loss", off_by_a_little)
     row = check("llama", "causal")
     assert row.cells["twin"] == row.cells["load"] == YES
@@ -131,13 +132,19 @@ def test_a_process_that_dies_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_report_is_a_page_and_the_same_as_json(tmp_path: Path) -> None:
     cells = dict.fromkeys(COLUMNS, YES)
     rows = [Row("b", "causal", {**cells, "packing": "no | way"}), Row("a", "causal", cells)]
+    rows += [Row("gemma3", "vlm", cells), Row("qwen2_vl", "vlm", cells), Row("llama4", "vlm", cells)]
     page = tmp_path / "docs" / "coverage.md"
     write_report(rows, page, "2026-01-02")
     assert "1. no &#124; way" in page.read_text()
     assert page.read_text().index("| a |") < page.read_text().index("| b |")
+    lines = {line.split(" | ")[0]: line for line in page.read_text().splitlines()}
+    assert lines["| gemma3"].endswith("| yes | PIL |")
+    assert lines["| qwen2_vl"].endswith("| yes | PIL, images only |")
+    assert lines["| llama4"].endswith("| yes | torchvision |")
+    assert lines["| a"].endswith("| yes | yes |")
     data = json.loads(page.with_suffix(".json").read_text())
     assert data["date"] == "2026-01-02"
-    assert read_rows(page) == [rows[1], rows[0]]
+    assert read_rows(page) == [rows[1], rows[0], rows[2], rows[4], rows[3]]
 
 
 def test_the_command_names_the_nearest_architecture(capsys: pytest.CaptureFixture[str]) -> None:
