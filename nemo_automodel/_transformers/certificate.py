@@ -27,6 +27,7 @@ from nemo_automodel._transformers.certificate_verdict import Verdict
 from nemo_automodel._transformers.certificate_weights import gather
 from nemo_automodel._transformers.stack import (
     ATTENTION,
+    CHECKPOINTING,
     FP8,
     LORA,
     PACKING,
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 MODES = ("off", "warn", "strict")
 _FIX = {
+    ATTENTION: "write distributed.cp_size: 1",
+    CHECKPOINTING: "write distributed.activation_checkpointing: off",
     PACKING: "write packed_sequence.packed_sequence_size: 0 to train it padded",
     LORA: "leave peft out, or adapt other layers",
     FP8: "write fp8.enabled: false",
@@ -157,9 +160,11 @@ class Certificate:
             raise ModelError(
                 f"certificate: {listed}; write certificate.mode: warn to train without what does not agree"
             )
+        kept = {ATTENTION} if cp > 1 else set()
+        kept |= {CHECKPOINTING} if stack.checkpointing == "auto" else set()  # which chooses anew with every batch
         for name, reason in verdict.off.items():
-            if name not in SWITCHES or (name == ATTENTION and cp > 1):
-                fix = "write distributed.cp_size: 1" if name == ATTENTION else _FIX.get(name, f"switch {name} off")
+            if name not in SWITCHES or name in kept:
+                fix = _FIX.get(name, f"switch {name} off")
                 raise ModelError(
                     f"certificate: {name} does not compute what plain transformers does: {reason}; {fix}, or "
                     "--certificate off to train regardless"

@@ -47,10 +47,14 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Documents:
-    """Three documents of text: for each its ids [S] and, for each position, the token to predict there [S]."""
+    """Three documents of text: for each its ids [S] and, for each position, the token to predict there [S].
+
+    ``decodes``: the model's decoder predicts the targets as they are, from those before.
+    """
 
     ids: tuple[Tensor, ...]
     targets: tuple[Tensor, ...]
+    decodes: bool = False
     sees = False
 
     @classmethod
@@ -60,19 +64,20 @@ class Documents:
         rows = min(table.weight.shape[0] for table in tables if getattr(table, "weight", None) is not None)
         first, generator = min(8, rows // 4), torch.Generator().manual_seed(seed)
         ids = [torch.randint(first, max(rows // 2, first + 2), (n,), generator=generator) for n in lengths]
-        return cls(tuple(ids), tuple(_ended(x.roll(-1)) for x in ids))
+        return cls(tuple(ids), tuple(_ended(x.roll(-1)) for x in ids), compat.is_encoder_decoder(model))
 
     def and_random(self, model: Any, lengths: Sequence[int], seed: int) -> Documents:
         """These, with made up ones behind them where there are fewer than three."""
         more = Documents.random(model, lengths, seed)
         there = len(self.ids)
-        return Documents((*self.ids, *more.ids[there:]), (*self.targets, *more.targets[there:]))
+        return Documents((*self.ids, *more.ids[there:]), (*self.targets, *more.targets[there:]), more.decodes)
 
     def rolled(self) -> Documents:
         """The same tokens and lengths, each document begun in its middle."""
         return Documents(
             tuple(x.roll(len(x) // 2) for x in self.ids),
             tuple(_ended(x.roll(len(x) // 2)) for x in self.targets),
+            self.decodes,
         )
 
     def mapped(self, numbers: dict[int, int]) -> Documents:
@@ -95,7 +100,8 @@ class Documents:
             gap = (0, width - len(ids))
             rows["input_ids"].append(F.pad(ids, gap))
             rows["attention_mask"].append(F.pad(torch.ones_like(ids), gap))
-            rows["labels"].append(F.pad(targets[:-1], (1, gap[1]), value=IGNORE_INDEX))
+            labels = targets if self.decodes else F.pad(targets[:-1], (1, 0), value=IGNORE_INDEX)
+            rows["labels"].append(F.pad(labels, gap, value=IGNORE_INDEX))
         return {key: torch.stack(found) for key, found in rows.items()}
 
     def ours(self, packed: bool, changed: bool | None = None) -> Any:
@@ -113,7 +119,7 @@ class Documents:
 
 
 class Pictures:
-    """Two rows of text with an image each; ``changed`` has other pixels.
+    """Two rows of text with an image each; ``changed`` has other pixels. Both are of numbers that ``dtype`` can hold.
 
     Raises what ``model`` raises on such rows, and ModelError where it does not look at them.
     """
@@ -121,8 +127,9 @@ class Pictures:
     sees = True
 
     @torch.no_grad()
-    def __init__(self, model: Any, seed: int) -> None:
-        self.batch = image_batch(model, seed=seed)
+    def __init__(self, model: Any, seed: int, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+        self.batch = {k: _held(v, dtype) for k, v in image_batch(model, seed=seed).items()}
         device = next(model.parameters()).device
         batches = [{k: v.to(device) for k, v in self.plain(changed).items()} for changed in (False, True)]
         if plain_loss(model, batches[0]) == plain_loss(model, batches[1]):
@@ -134,15 +141,20 @@ class Pictures:
         if not changed:
             return self.batch
         pixels = {k: v for k, v in self.batch.items() if v.is_floating_point()}
-        return {**self.batch, **{k: v + torch.linspace(-1, 1, v.numel()).reshape(v.shape) for k, v in pixels.items()}}
+        other = {k: v + torch.linspace(-1, 1, v.numel()).reshape(v.shape) for k, v in pixels.items()}
+        return {**self.batch, **{k: _held(v, self.dtype) for k, v in other.items()}}
 
     def ours(self, packed: bool, changed: bool | None = None) -> Any:
-        """Never packed."""
-        batch = dict(self.plain(bool(changed)))
+        """Never packed; in ``dtype``, as a sharded model is given it."""
+        batch = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in self.plain(bool(changed)).items()}
         labels = batch.pop("labels")
         labels = labels if self.decodes else shifted(labels)
         indices = (labels.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)
         return {**batch, "labels": labels, "label_indices": indices, "num_label_tokens": indices.numel()}
+
+
+def _held(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype).float() if tensor.is_floating_point() else tensor
 
 
 # --- the run's own rows ---------------------------------------------------------------------------------------------
@@ -215,16 +227,20 @@ def compact_vocabulary(
     Returns:
         What each token is called now, and for each of the small vocabulary what it was called [size].
     """
-    fixed = {**{token: token for token in range(min(8, size))}, **special}
-    there = {place: token for token, place in fixed.items() if token < whole}
+    places = {place: token for token, place in special.items() if token < whole}
     wanted = [] if documents is None else torch.cat([*documents.ids, *documents.targets]).unique().tolist()
-    others = iter([*(t for t in wanted if t not in fixed and t >= 0), *_others(whole, {*fixed, *wanted})])
-    rows = [there[place] if place in there else next(others, 0) for place in range(size)]
+    moved = []
+    for token in [*range(min(8, size)), *(t for t in wanted if t >= 0)]:
+        if token in special or places.get(token) == token:
+            continue
+        if token < size and token not in places:
+            places[token] = token
+        else:
+            moved.append(token)
+    used = {*places.values(), *moved}
+    others = iter([*moved, *(token for token in range(whole) if token not in used)])
+    rows = [places[place] if place in places else next(others, 0) for place in range(size)]
     return {token: place for place, token in reversed(list(enumerate(rows)))}, torch.tensor(rows)
-
-
-def _others(whole: int, used: set[int]) -> Iterable[int]:
-    return (token for token in range(whole) if token not in used)
 
 
 __all__ = ["Documents", "Pictures", "Rows", "compact_vocabulary", "first_documents"]

@@ -5,6 +5,7 @@ What the blocks are filled and fed with is the run's own where it can be had: it
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from nemo_automodel._transformers import certificate_cache as cached
 from nemo_automodel._transformers import certificate_weights as weights
 from nemo_automodel._transformers import twin_fields as names
 from nemo_automodel._transformers.certificate_rows import Documents, Pictures, compact_vocabulary, first_documents
-from nemo_automodel._transformers.certificate_trial import Trial
+from nemo_automodel._transformers.certificate_trial import NotTaken, Trial
 from nemo_automodel._transformers.certificate_verdict import Verdict, settle
 from nemo_automodel._transformers.plain import sharpen, without_chance
 from nemo_automodel._transformers.stack import FP8, KERNEL, PACKING, Stack, plain_class
@@ -82,30 +83,41 @@ class Case:
 
     def prove(self, small: Any, values: dict[str, Tensor]) -> None:
         """Put into ``verdict`` what all stages find; ``small`` is a twin that is there already, or None."""
-        made = [small]
-        twin_stack = _without(self.stack, KERNEL, FP8)
-        _attempt(TWIN, self.verdict, lambda: settle(self._twin(made, twin_stack), twin_stack, self.verdict, TWIN))
+        made = [small or self._build_twin()]
+        sees = takes_images(made[0])
+        stack = _without(self.stack, KERNEL, FP8)
+        self._settle(TWIN, self._twin(made, stack), stack, "made up documents; fresh weights", alone=not sees)
         stage = f"{REAL}, {str(self.dtype)[6:]}"
-        sees = takes_images(self._build_twin())
         if self.blocks is not None:
             self.wrong_buffers = _wrong_buffers(self.buffers, cached.free_buffers(self.blocks))
-            self.verdict.tried[stage] = f"{self.rows_are}; {self._weights_are(values)}"
-            trial = self._real(values, sees=False)
-            _attempt(stage, self.verdict, lambda: settle(trial, self.stack, self.verdict, stage))
+            tried = f"{self.rows_are}; {self._weights_are(values)}"
+            self._settle(stage, self._real(values, sees=False), self.stack, tried, alone=not sees)
         if sees:
             self._prove_images(values, stage)
 
     def _prove_images(self, values: dict[str, Tensor], stage: str) -> None:
         stack = _without(self.stack, KERNEL, FP8, PACKING)
-        name = TWIN + IMAGES
-        self.verdict.tried[name] = "two rows with a made up image each"
-        _attempt(name, self.verdict, lambda: settle(self._twin([], stack, True), stack, self.verdict, name))
-        if self.blocks is None:
-            return
-        real, name_of_real = _without(self.stack, PACKING), stage + IMAGES
-        self.verdict.tried[name_of_real] = f"two rows with a small made up image each; {self._weights_are(values)}"
-        trial = self._real(values, sees=True)
-        _attempt(name_of_real, self.verdict, lambda: settle(trial, real, self.verdict, name_of_real))
+        tried = "two rows with a made up image each"
+        self._settle(TWIN + IMAGES, self._twin([], stack, True), stack, f"{tried}; fresh weights")
+        if self.blocks is not None:
+            trial, stack = self._real(values, sees=True), _without(self.stack, PACKING)
+            self._settle(stage + IMAGES, trial, stack, f"{tried}, of few patches; {self._weights_are(values)}")
+
+    def _settle(
+        self, stage: str, trial: Callable[[int], Trial], stack: Stack, tried: str, *, alone: bool = True
+    ) -> None:
+        """One stage; where it is not ``alone``, transformers may refuse its rows: it wants images, which come later."""
+        self.verdict.tried[stage] = tried
+
+        def action() -> None:
+            try:
+                settle(trial, stack, self.verdict, stage)
+            except (NotTaken, NotImplementedError) as error:  # the latter from a model without embeddings
+                if alone:
+                    raise
+                self.verdict.tried[stage] = f"nothing: text alone is not what it takes ({error})"
+
+        _attempt(stage, self.verdict, action)
 
     # --- the tiny twin ------------------------------------------------------------------------------------------
 
@@ -132,11 +144,11 @@ class Case:
         made = [] if sees else [self.blocks]
 
         def trial(seed: int) -> Trial:
-            model = made.pop() if made else build(self.cls, self.cut, self.device)
+            model = made.pop() if made else build(self.cls, copy.deepcopy(self.cut), self.device)
             torch.manual_seed(seed)
             sharpen(model, but=values)
             weights.load(model, values)
-            rows = Pictures(model, seed) if sees else self._rows(model, seed)
+            rows = Pictures(model, seed, self.dtype) if sees else self._rows(model, seed)
             return Trial(model, self.stack if not sees else _without(self.stack, PACKING), rows, self.dtype, seed)
 
         return trial
@@ -161,7 +173,8 @@ class Case:
         if found is None:
             return None, "made up documents, because those of the first micro-batch are too short"
         lengths = ", ".join(str(len(ids)) for ids in found.ids)
-        return found, f"documents of the first micro-batch, {lengths} tokens of them"
+        more = "" if len(found.ids) == len(self.lengths) else f", and {len(self.lengths) - len(found.ids)} made up"
+        return found, f"documents of the first micro-batch ({lengths} tokens){more}"
 
     def _weights_are(self, values: dict[str, Tensor]) -> str:
         if not values:
@@ -178,7 +191,7 @@ class Case:
             without_chance(cut)
             try:
                 _require_room(sum(p.numel() for p in build_names(self.cls, cut).parameters()), self.device)
-                self.blocks, self.cut, self.least = build(self.cls, cut, self.device), cut, least
+                self.blocks, self.cut, self.least = build(self.cls, copy.deepcopy(cut), self.device), cut, least
                 break
             except (ModelError, torch.OutOfMemoryError):
                 raise

@@ -86,6 +86,10 @@ def gaps(found: Outcome, expected: Outcome) -> Gaps:
     return Gaps(loss, dict(zip(names, each, strict=True)), total)
 
 
+class NotTaken(ValueError):
+    """Transformers' own forward does not take the rows; the message says why."""
+
+
 class Trial:
     """Try a stack on one model; ``model`` is used up.
 
@@ -96,7 +100,7 @@ class Trial:
         dtype: what ours computes in.
         seed: of the adapters' values.
 
-    Raises whatever the model raises where it cannot be trained on such a batch.
+    Raises NotTaken where transformers cannot train it on such rows, and whatever else the model raises.
     """
 
     def __init__(self, model: Any, stack: Stack, rows: Rows, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
@@ -106,7 +110,12 @@ class Trial:
         self.pluggable = compat.attention_is_pluggable(model)
         self.own_attention = "eager" if self.pluggable else compat.attention_name(model)
         self._start()
-        self.expected = self._reference()
+        try:
+            self.expected = self._reference()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of any kind: it is any model's own code
+            raise NotTaken(f"{type(error).__name__}: {_first_line(error)}") from error
         self._become_ours()
         self.yardstick: Gaps | None = None
         if dtype != torch.float32:
@@ -303,4 +312,4 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-__all__ = ["Gaps", "Outcome", "Trial", "gaps"]
+__all__ = ["Gaps", "NotTaken", "Outcome", "Trial", "gaps"]

@@ -102,6 +102,7 @@ def one_block_each(config: PretrainedConfig, *, vocab_size: int, window: int, le
         counts = _counts(fields, chosen, vocab_size, whole_vocabulary)
         chosen.update({k: v for k, v in counts.items() if names.VOCABULARY.search(k)})
         chosen.update(_all_experts(fields))
+        chosen.update(_outputs_side_by_side(part, fields, chosen))
         if "patch_size" not in fields:
             windows = {k: v for k, v in fields.items() if names.WINDOW.search(k) and is_int(v) and v > 0}
             chosen.update({k: min(v, window) for k, v in windows.items()})
@@ -110,6 +111,17 @@ def one_block_each(config: PretrainedConfig, *, vocab_size: int, window: int, le
             entry.update(_all_experts(entry))
     shrink_images(parts, old, new)
     return type(config).from_dict(_as_dict(config, new))
+
+
+def _outputs_side_by_side(part: PretrainedConfig, fields: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+    """Widths that are the hidden size times the number of listed layers and one more, for as many as are left."""
+    key = names.find(part, fields, *names.HIDDEN)
+    new: dict[str, Any] = {}
+    for name, value in fields.items() if key else ():
+        if isinstance(value, (list, tuple)) and value and len(chosen.get(name, value)) < len(value):
+            wide, narrow = (fields[key] * (len(listed) + 1) for listed in (value, chosen[name]))
+            new |= {k: narrow for k, v in fields.items() if v == wide and names.is_width(k)}
+    return new
 
 
 def kept_blocks(config: PretrainedConfig, least: int = 1) -> list[tuple[int, list[int]]]:
