@@ -2,55 +2,49 @@
 
 Two stages, both against plain transformers in float32. The tiny twin of the model, in float32 on the CPU, goes through
 the whole stack. Then one block of each kind at its real widths, and the head, go through it on the run's own device and
-in its dtype: a narrow twin has other head sizes and tiles. What does not agree is switched off, or ends the run.
+in its dtype: a narrow twin has other head sizes and tiles; with the model's own weights, on its first micro-batch. What does not agree is switched off, or ends the run.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
+import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from nemo_automodel._transformers import certificate_cache as cached
-from nemo_automodel._transformers import twin_fields as names
-from nemo_automodel._transformers.certificate_trial import Trial
-from nemo_automodel._transformers.certificate_verdict import Verdict, settle
-from nemo_automodel._transformers.plain import sharpen, without_chance
+from nemo_automodel._transformers.certificate_stages import IMAGES, REAL, TWIN, Case
+from nemo_automodel._transformers.certificate_verdict import Verdict
+from nemo_automodel._transformers.certificate_weights import gather
 from nemo_automodel._transformers.stack import (
     ATTENTION,
+    CHECKPOINTING,
     FP8,
-    KERNEL,
     LORA,
     PACKING,
     SWITCHES,
     Stack,
-    plain_class,
     stack_of,
     switch_off,
 )
-from nemo_automodel._transformers.tiny_twin import one_block_each, tiny_twin
-from nemo_automodel._transformers.trial import build, take_small_copy
+from nemo_automodel._transformers.trial import take_small_copy
 from nemo_automodel.errors import ConfigError, ModelError
 
 logger = logging.getLogger(__name__)
 
 MODES = ("off", "warn", "strict")
-TWIN, REAL = "tiny twin, float32", "real width"
-_TWIN_LENGTHS = (7, 18, 12)  # tokens of three documents; the middle one longer than the twin's window of 8
-_CPU = ((5, 17, 11), 8, 4096)  # the same at real width; the most tokens of a window; of the vocabulary
-_CUDA = ((33, 400, 591), 128, 32768)
-_CPU_PARAMETERS = 3e8  # more would take longer than the ten seconds there are
-_BYTES = 16  # a parameter, with its float32 reference and the gradients of both
 _FIX = {
+    ATTENTION: "write distributed.cp_size: 1",
+    CHECKPOINTING: "write distributed.activation_checkpointing: off",
     PACKING: "write packed_sequence.packed_sequence_size: 0 to train it padded",
     LORA: "leave peft out, or adapt other layers",
     FP8: "write fp8.enabled: false",
@@ -81,7 +75,9 @@ class Certificate:
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else cached.default_directory()
         self.directory = _directory_of(config)
 
-    def prove(self, model: nn.Module, loss_fn: Any, *, packed: bool = False, distributed: Any = None) -> Verdict | None:
+    def prove(
+        self, model: nn.Module, loss_fn: Any, *, packed: bool = False, distributed: Any = None, loader: Any = None
+    ) -> Verdict | None:
         """Prove the stack that ``model`` is about to be trained with; every rank calls it, rank 0 computes.
 
         Args:
@@ -89,6 +85,7 @@ class Certificate:
             loss_fn: the run's loss.
             packed: whether its batches are packed.
             distributed: the run's ``DistributedManager``, None for none.
+            loader: the run's, whose first micro-batch is looked at; None to try made up documents.
 
         Returns:
             What was found, None with ``mode: off``.
@@ -103,44 +100,47 @@ class Certificate:
         device = torch.device(getattr(distributed, "device", None) or next(model.parameters()).device)
         checkpointing = getattr(distributed, "activation_checkpointing", "off")
         stack = stack_of(model, loss_fn, packed=packed, checkpointing=checkpointing, device=device)
-        found: list[Any] = [None]
-        if _rank() == 0:
-            with _undisturbed(device):
-                found = [self._find(model, stack, small, device)]
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            torch.distributed.broadcast_object_list(found, src=0)
-        verdict, buffers, from_cache = found[0]
+        verdict, buffers, from_cache = self._find(model, stack, small, device, loader)
         sizes = getattr(distributed, "sizes", None)
         cp, tp = getattr(sizes, "cp", 1), getattr(sizes, "tp", 1)
         self._act(model, stack, verdict, buffers, cp)
         self._report(verdict, from_cache, [f"{name} plan" for name, size in (("TP", tp), ("CP", cp)) if size > 1])
         return verdict
 
+    def _find(
+        self, model: nn.Module, stack: Stack, small: Any, device: torch.device, loader: Any
+    ) -> tuple[Verdict, dict[str, Tensor], bool]:
+        """The verdict, the buffers that must be set anew, and whether it was made before; the same on every rank."""
+        start, case, known, wanted = time.monotonic(), None, None, {}
+        with _undisturbed(device):
+            if _rank() == 0:
+                case = Case(model, stack, device, loader)
+                known = self._known(case) if case.cls is not None else (case.verdict, {}, False)
+                wanted = {} if known is not None else case.prepare(model)
+            wanted = _from_rank_0(wanted)
+            values = gather(getattr(model, "module", model), wanted, keep=case is not None)
+            if case is not None and known is None:
+                case.prove(small, values)
+                known = self._keep(case, time.monotonic() - start)
+        return _from_rank_0(known)
+
     # --- rank 0 -------------------------------------------------------------------------------------------------
 
-    def _find(
-        self, model: nn.Module, stack: Stack, small: Any, device: torch.device
-    ) -> tuple[Verdict, dict[str, Tensor], bool]:
-        """The verdict, the buffers that must be set anew, and whether the verdict was made before."""
-        start, verdict = time.monotonic(), Verdict()
-        cls, config = plain_class(model), getattr(model, "config", None)
-        if cls is None or not isinstance(config, PretrainedConfig):
-            verdict.unproved.append("it is no model of transformers")
-            return verdict, {}, False
-        dtype = model.__dict__.get("_automodel_compute_dtype") or next(model.parameters()).dtype
-        live = cached.free_buffers(model)
-        key = cached.key_of(cls, config, stack, device, dtype, live)
-        record = cached.load(self.cache_dir, key)
-        if record is not None and (restored := _restored(record)) is not None:
-            self._write(record)
-            return restored, {}, True
-        _attempt(TWIN, verdict, lambda: _prove_twin(cls, config, small, stack, verdict))
-        buffers: dict[str, Tensor] = {}
-        _attempt(REAL, verdict, lambda: buffers.update(_prove_real(cls, config, stack, verdict, device, dtype, live)))
-        verdict.agree = [name for name in stack.optimisations if name not in verdict.off]
-        verdict.seconds = round(time.monotonic() - start, 2)
-        record = {"key": key, **vars(verdict), "wrong_buffers": sorted(buffers), "device": str(device)}
-        record |= {"dtype": str(dtype), "model": cls.__name__, "versions": cached.versions()}
+    def _known(self, case: Case) -> tuple[Verdict, dict[str, Tensor], bool] | None:
+        """What was found before; None where nothing was."""
+        record = cached.load(self.cache_dir, case.key)
+        if record is None or (restored := _restored(record)) is None:
+            return None
+        self._write(record)
+        return restored, {}, True
+
+    def _keep(self, case: Case, seconds: float) -> tuple[Verdict, dict[str, Tensor], bool]:
+        verdict, buffers, key = case.verdict, case.wrong_buffers, case.key
+        verdict.agree = [name for name in case.stack.optimisations if name not in verdict.off]
+        verdict.seconds = round(seconds, 2)
+        assert case.cls is not None
+        record = {"key": key, **vars(verdict), "wrong_buffers": sorted(buffers), "device": str(case.device)}
+        record |= {"dtype": str(case.dtype), "model": case.cls.__name__, "versions": cached.versions()}
         if not buffers and not any("OutOfMemory" in reason for reason in verdict.unproved):
             cached.store(self.cache_dir / f"{key}.json", record)
         self._write(record)
@@ -160,9 +160,11 @@ class Certificate:
             raise ModelError(
                 f"certificate: {listed}; write certificate.mode: warn to train without what does not agree"
             )
+        kept = {ATTENTION} if cp > 1 else set()
+        kept |= {CHECKPOINTING} if stack.checkpointing == "auto" else set()  # which chooses anew with every batch
         for name, reason in verdict.off.items():
-            if name not in SWITCHES or (name == ATTENTION and cp > 1):
-                fix = "write distributed.cp_size: 1" if name == ATTENTION else _FIX.get(name, f"switch {name} off")
+            if name not in SWITCHES or name in kept:
+                fix = _FIX.get(name, f"switch {name} off")
                 raise ModelError(
                     f"certificate: {name} does not compute what plain transformers does: {reason}; {fix}, or "
                     "--certificate off to train regardless"
@@ -184,111 +186,9 @@ class Certificate:
         numbers = [f"worst gradient {verdict.worst[TWIN]:.1e}"] if TWIN in verdict.worst else []
         numbers += ["cached" if from_cache else f"{verdict.seconds:.1f} s"]
         agree = ", ".join([*verdict.agree, *proved]) or "the model's own forward and loss"
+        rows = " on text and images" if any(stage.endswith(IMAGES) for stage in verdict.worst) else ""
         if verdict.worst:
-            logger.info("certificate: %s agree with plain transformers (%s)", agree, "; ".join(numbers))
-
-
-def _prove_twin(cls: type, config: PretrainedConfig, small: Any, stack: Stack, verdict: Verdict) -> None:
-    made: list[Any] = [small]
-
-    def trial(seed: int) -> Trial:
-        model = made.pop() if made else None
-        if model is None:
-            twin = tiny_twin(config)
-            without_chance(twin)
-            model = build(cls, twin)
-        model.__class__ = cls
-        torch.manual_seed(seed)
-        sharpen(model)
-        return Trial(model, _without(stack, KERNEL, FP8), _TWIN_LENGTHS, seed=seed)
-
-    settle(trial, _without(stack, KERNEL, FP8), verdict, TWIN)
-
-
-def _prove_real(
-    cls: type,
-    config: PretrainedConfig,
-    stack: Stack,
-    verdict: Verdict,
-    device: torch.device,
-    dtype: torch.dtype,
-    live: dict[str, Tensor],
-) -> dict[str, Tensor]:
-    """Stage two; returns the buffers of ``live`` that are wrong, with the right values."""
-    wanted, window, most = _CUDA if device.type == "cuda" else _CPU
-    whole = getattr(names.text_part(config), "vocab_size", most)
-    model = _real_blocks(cls, config, whole if whole <= most else most + whole % 64, window, device)
-    wrong = _wrong_buffers(live, cached.free_buffers(model))
-    cut, made = model.config, [model]
-    del model
-    lengths = _within_positions(cut, wanted)
-
-    def trial(seed: int) -> Trial:
-        model = made.pop() if made else build(cls, cut, device)
-        torch.manual_seed(seed)
-        sharpen(model)
-        return Trial(model, stack, lengths, dtype, seed)
-
-    settle(trial, stack, verdict, f"{REAL}, {str(dtype)[6:]}")
-    return wrong
-
-
-def _wrong_buffers(live: dict[str, Tensor], right: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = {}
-    for name, value in right.items():
-        mine = live.get(name)
-        if mine is None or mine.shape != value.shape:
-            continue
-        if not torch.allclose(mine.float().cpu(), value.float().cpu(), rtol=1e-4, atol=1e-7):
-            found[name] = value.cpu()
-    return found
-
-
-def _real_blocks(cls: Any, config: PretrainedConfig, vocab_size: int, window: int, device: torch.device) -> Any:
-    """One block of each kind with fresh weights; two, where a model divides by the number of its layers less one."""
-    for least in (1, 2):
-        cut = one_block_each(config, vocab_size=vocab_size, window=window, least=least)
-        without_chance(cut)
-        try:
-            with torch.device("meta"):
-                numbers = sum(p.numel() for p in cls._from_config(cut).parameters())
-            _require_room(numbers, device)
-            return build(cls, cut, device)
-        except (ModelError, torch.OutOfMemoryError):
-            raise
-        except Exception:  # any model's own code
-            if least == 2:
-                raise
-    raise AssertionError
-
-
-def _require_room(numbers: int, device: torch.device) -> None:
-    if device.type == "cuda":
-        if numbers * _BYTES > torch.cuda.mem_get_info(device)[0]:
-            raise ModelError(f"its blocks ({numbers / 1e9:.1f}e9 numbers) do not fit beside the model")
-    elif numbers > _CPU_PARAMETERS:
-        raise ModelError(f"its blocks ({numbers / 1e9:.1f}e9 numbers) are too large to try on a CPU")
-
-
-def _within_positions(config: PretrainedConfig, lengths: tuple[int, ...]) -> tuple[int, ...]:
-    """``lengths``, shorter where the model knows fewer positions."""
-    fields = names.fields_of(names.text_part(config)).items()
-    known = [v for k, v in fields if names.POSITIONS.search(k) and names.is_int(v) and v > 0]
-    most = min(known, default=max(lengths))
-    return lengths if most >= max(lengths) else tuple(max(3, n * most // max(lengths)) for n in lengths)
-
-
-def _without(stack: Stack, *left_out: str) -> Stack:
-    return Stack(**{**vars(stack), "optimisations": stack.without(left_out)})
-
-
-def _attempt(stage: str, verdict: Verdict, action: Any) -> None:
-    try:
-        action()
-    except Exception as error:  # of any kind: it is any model's own code
-        reason = (str(error).splitlines() or [""])[0][:200]
-        kind = "" if isinstance(error, ModelError) else f"{type(error).__name__}: "
-        verdict.unproved.append(f"{stage}: {kind}{reason}")
+            logger.info("certificate: %s agree with plain transformers%s (%s)", agree, rows, "; ".join(numbers))
 
 
 @contextmanager
@@ -298,6 +198,7 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
     levels = [log.level for log in loggers]
     devices = [device] if device.type == "cuda" else []
     precision = torch.get_float32_matmul_precision()
+    drawn = random.getstate(), np.random.get_state()  # rows of a user's own dataset may draw from these
     try:
         torch.set_float32_matmul_precision("highest")
         with torch.random.fork_rng(devices=devices), torch.enable_grad():
@@ -306,6 +207,8 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
+        random.setstate(drawn[0])
+        np.random.set_state(drawn[1])
         for log, level in zip(loggers, levels, strict=True):
             log.setLevel(level)
         if device.type == "cuda":
@@ -320,6 +223,14 @@ def _restored(record: dict[str, Any]) -> Verdict | None:
         return None
 
 
+def _from_rank_0(value: Any) -> Any:
+    """What rank 0 has, on every rank."""
+    held = [value]
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.broadcast_object_list(held, src=0)
+    return held[0]
+
+
 def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
@@ -331,4 +242,4 @@ def _directory_of(config: Any) -> Path | None:
     return Path(getattr(section, "checkpoint_dir", None) or "checkpoints").expanduser()
 
 
-__all__ = ["MODES", "Certificate"]
+__all__ = ["MODES", "REAL", "TWIN", "Certificate"]

@@ -25,7 +25,7 @@ from nemo_automodel._transformers.stack import Stack
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 def default_directory() -> Path:
@@ -34,9 +34,18 @@ def default_directory() -> Path:
 
 
 def key_of(
-    cls: type, config: Any, stack: Stack, device: torch.device, dtype: torch.dtype, buffers: dict[str, Tensor]
+    cls: type,
+    config: Any,
+    stack: Stack,
+    device: torch.device,
+    dtype: torch.dtype,
+    buffers: dict[str, Tensor],
+    tried: dict[str, Any],
 ) -> str:
-    """A hash of everything that a certificate depends on: two runs with the same one share it."""
+    """A hash of everything that a certificate depends on: two runs with the same one share it.
+
+    ``tried`` is what it is tried on: which documents, and the weights of which checkpoint.
+    """
     fields = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "name_or_path")}
     parts = {
         "format": _FORMAT,
@@ -46,6 +55,7 @@ def key_of(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}",
         "dtype": str(dtype),
         "buffers": {name: _tensor_hash(buffer) for name, buffer in buffers.items()},
+        "tried": tried,
         "versions": versions(),
         "interpreted": os.environ.get("TRITON_INTERPRET", "0"),
     }

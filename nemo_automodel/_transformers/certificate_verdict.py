@@ -21,6 +21,7 @@ class Verdict:
         unproved: what could not be tried, and why.
         worst: by stage, how far the worst was off: of the tiny twin a gradient's part of its norm, at real width the
             error of all gradients as a multiple of plain torch's own (in float32, again a gradient's part).
+        tried: by stage, what it was tried on.
         seconds: what it took.
     """
 
@@ -28,6 +29,7 @@ class Verdict:
     off: dict[str, str] = field(default_factory=dict)
     unproved: list[str] = field(default_factory=list)
     worst: dict[str, float] = field(default_factory=dict)
+    tried: dict[str, str] = field(default_factory=dict)
     attention: str | None = None  # what the model attends by where ours is off
     seconds: float = 0.0
 

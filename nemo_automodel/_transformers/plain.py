@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -34,10 +35,13 @@ def away_from_symmetry(model: nn.Module, spread: float = 0.02) -> None:
 
 
 @torch.no_grad()
-def sharpen(model: nn.Module) -> None:
-    """Give fresh weights the size that trained ones have, so that attention attends and a wrong scale or mask shows."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point() and (parameter.is_cuda or parameter.numel() <= _DEAR):
+def sharpen(model: nn.Module, but: Collection[str] = ()) -> None:
+    """Give fresh weights the size that trained ones have, so that attention attends and a wrong scale or mask shows.
+
+    Those called ``but`` are left as they are.
+    """
+    for name, parameter in model.named_parameters():
+        if name not in but and parameter.is_floating_point() and (parameter.is_cuda or parameter.numel() <= _DEAR):
             spread = 0.7 * parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1
             parameter.add_(torch.randn_like(parameter) * spread)
 

@@ -13,12 +13,14 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from nemo_automodel._transformers import compat
+from nemo_automodel._transformers.blocks import find_blocks
 from nemo_automodel._transformers.forward import give_up_fusing, keeps_logits
 from nemo_automodel._transformers.packing import PASSES_DOCUMENTS
 from nemo_automodel._transformers.window_trial import PASSES_WINDOW
 from nemo_automodel.components._peft.linear import LoRALinear, adapt, clean_name, lora_layers, stored
 from nemo_automodel.components._peft.match import is_transposed_linear
 from nemo_automodel.components.attention import function
+from nemo_automodel.components.distributed.activation_checkpointing import keep_activations
 from nemo_automodel.components.loss.linear_ce import FusedLinearCrossEntropy
 from nemo_automodel.components.quantization.fp8 import Fp8Config, Fp8DynamicLinear, fp8_layers
 from nemo_automodel.kernels.lora import runs_on
@@ -33,7 +35,7 @@ FP8 = "FP8"
 
 NEEDS = {PACKING: {ATTENTION}, KERNEL: {LORA}, FP8: {LORA}}
 """What an optimisation is tried together with: it does nothing, or nothing right, alone."""
-SWITCHES = (ATTENTION, LOSS, KERNEL)
+SWITCHES = (ATTENTION, LOSS, KERNEL, CHECKPOINTING)
 """Those that a model can go on without, once it is built."""
 
 
@@ -125,6 +127,9 @@ def switch_off(model: Any, name: str, attention: str) -> str:
     if name == LOSS:
         give_up_fusing(model)
         return "a loss over whole logits"
+    if name == CHECKPOINTING:
+        keep_activations(find_blocks(model))
+        return "every activation kept, in more memory"
     for _, layer in lora_layers(model):
         layer.lora_use_triton = False
     return "adapters in plain PyTorch"

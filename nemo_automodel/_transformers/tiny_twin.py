@@ -88,7 +88,8 @@ def one_block_each(config: PretrainedConfig, *, vocab_size: int, window: int, le
         least: layers to keep at the least, for a model that cannot be built with one.
 
     Returns:
-        A config of the same class. Of experts there are as few as a token is given, each as wide as it is.
+        A config of the same class. Of experts there are as few as a token is given, each as wide as it is; images have
+        few patches.
     """
     parts = names.parts_of(config)
     old = {id(part): names.fields_of(part) for part in parts}
@@ -101,13 +102,41 @@ def one_block_each(config: PretrainedConfig, *, vocab_size: int, window: int, le
         counts = _counts(fields, chosen, vocab_size, whole_vocabulary)
         chosen.update({k: v for k, v in counts.items() if names.VOCABULARY.search(k)})
         chosen.update(_all_experts(fields))
+        chosen.update(_outputs_side_by_side(part, fields, chosen))
         if "patch_size" not in fields:
             windows = {k: v for k, v in fields.items() if names.WINDOW.search(k) and is_int(v) and v > 0}
             chosen.update({k: min(v, window) for k, v in windows.items()})
         chosen.update({k: _map_ints(v, tokens) for k, v in fields.items() if names.is_token(k)})
         for entry in chosen.get("per_layer_config", {}).values():
             entry.update(_all_experts(entry))
+    shrink_images(parts, old, new)
     return type(config).from_dict(_as_dict(config, new))
+
+
+def _outputs_side_by_side(part: PretrainedConfig, fields: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+    """Widths that are the hidden size times the number of listed layers and one more, for as many as are left."""
+    key = names.find(part, fields, *names.HIDDEN)
+    new: dict[str, Any] = {}
+    for name, value in fields.items() if key else ():
+        if isinstance(value, (list, tuple)) and value and len(chosen.get(name, value)) < len(value):
+            wide, narrow = (fields[key] * (len(listed) + 1) for listed in (value, chosen[name]))
+            new |= {k: narrow for k, v in fields.items() if v == wide and names.is_width(k)}
+    return new
+
+
+def kept_blocks(config: PretrainedConfig, least: int = 1) -> list[tuple[int, list[int]]]:
+    """Of each part with layers how many there are, and which of them ``one_block_each`` keeps."""
+    found = []
+    for part in names.parts_of(config):
+        fields = names.fields_of(part)
+        if key := _layer_count(part, fields):
+            found.append((fields[key], keep_layers(fields, fields[key], 1, least)))
+    return found
+
+
+def moved_tokens(config: PretrainedConfig, vocab_size: int) -> dict[int, int]:
+    """Where ``one_block_each`` puts the special tokens of ``config`` in a vocabulary of ``vocab_size``."""
+    return _token_table((names.fields_of(part) for part in names.parts_of(config)), vocab_size)
 
 
 def _all_experts(fields: dict[str, Any]) -> dict[str, Any]:
@@ -124,10 +153,8 @@ def _all_experts(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cut(part: PretrainedConfig, fields: dict[str, Any], wanted: int, least: int = 2) -> dict[str, Any]:
-    key = names.find(part, fields, "num_hidden_layers")
-    counts = {k: v for k, v in fields.items() if is_layer_count(k) and is_int(v) and v > 0}
-    key = key or next(iter(counts), None)
-    if key is None or fields[key] < 1:
+    key = _layer_count(part, fields)
+    if key is None:
         return {k: type(v)(min(x, 1) for x in v) for k, v in fields.items() if k == "depths" and v}
     total = fields[key]
     new = cut_layers(fields, total, keep_layers(fields, total, wanted, least))
@@ -135,6 +162,13 @@ def _cut(part: PretrainedConfig, fields: dict[str, Any], wanted: int, least: int
     if stack and stack != total and total % stack == 0:  # so many stacks of layers
         new[key] = total // stack * new["num_layers_per_stack"]
     return new
+
+
+def _layer_count(part: PretrainedConfig, fields: dict[str, Any]) -> str | None:
+    """The field that says how many layers ``part`` has; None where it has none."""
+    key = names.find(part, fields, "num_hidden_layers")
+    key = key or next((k for k, v in fields.items() if is_layer_count(k) and is_int(v) and v > 0), None)
+    return key if key is not None and fields[key] >= 1 else None
 
 
 def _bound_outputs(
@@ -224,4 +258,4 @@ def _as_dict(config: PretrainedConfig, new: dict[int, dict[str, Any]]) -> dict[s
     return data
 
 
-__all__ = ["one_block_each", "tiny_twin"]
+__all__ = ["kept_blocks", "moved_tokens", "one_block_each", "tiny_twin"]

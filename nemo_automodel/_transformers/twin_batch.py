@@ -32,7 +32,7 @@ def text_batch(*, rows: int = 2, length: int = 24, vocab_size: int = 128, seed: 
 def image_batch(model: nn.Module, *, rows: int = 2, length: int = 24, seed: int = 0) -> dict[str, Any]:
     """A ``text_batch`` with one random image a row, and what else ``model``'s forward needs with it.
 
-    Image tokens are not label tokens. Raises what the model raises where it takes no such images.
+    Image tokens are not label tokens; all is on the CPU, wherever ``model`` is. Raises what the model raises where it takes no such images.
     """
     config: Any = model.config
     accepted = _arguments(model)
@@ -42,7 +42,7 @@ def image_batch(model: nn.Module, *, rows: int = 2, length: int = 24, seed: int 
         try:
             batch = _fit(model, batch, images, accepted, rows)
             with torch.no_grad():
-                model(**batch)
+                model(**_beside(model, batch))
         except Exception as error:  # not meant that way; the first way's own error is raised below
             first = first or error
             continue
@@ -88,6 +88,12 @@ def _fit(
     return {k: v for k, v in {**batch, **images, **extras}.items() if k in accepted}
 
 
+def _beside(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """``inputs`` where the model is."""
+    device = next(model.parameters()).device
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
 def _with_image_tokens(config: Any, batch: dict[str, Any], token: int, count: int) -> dict[str, Any]:
     rows = batch["input_ids"].shape[0]
     before, after = _first_token(config, _BEFORE), _first_token(config, _AFTER)
@@ -112,7 +118,7 @@ def _features_per_row(model: nn.Module, images: dict[str, Tensor], rows: int) ->
     }
     try:
         with torch.no_grad():
-            found = method(**inputs)
+            found = method(**_beside(model, inputs))
     except (ValueError, TypeError, RuntimeError):
         return None
     found = getattr(found, "pooler_output", found)
@@ -132,7 +138,7 @@ def _told_by_error(model: nn.Module, batch: dict[str, Any], token: int, rows: in
     batch["input_ids"][:, 4] = token
     try:
         with torch.no_grad():
-            model(**{k: v for k, v in batch.items() if k in _arguments(model)})
+            model(**_beside(model, {k: v for k, v in batch.items() if k in _arguments(model)}))
     except (ValueError, RuntimeError) as error:
         found = re.search(r"features:? (\d+)", str(error))
         return int(found.group(1)) // rows if found else None

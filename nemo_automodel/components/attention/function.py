@@ -114,6 +114,8 @@ def attention_mask(
     None is right for a batch whose layout was announced (``layout.announce``): plain causal rows, or packed documents,
     without an overlay of the model's own. Everything else gets the real mask, documents included.
     """
+    if getattr(kwargs.get("config"), "use_bidirectional_attention", False) is True:
+        allow_is_causal_skip = False  # its layers say they are not causal, so no mask would be no mask at all
     layout = current_layout()
     if layout is not None and layout.context is not None:
         _refuse_context_mask(layout, q_length, local_size, allow_is_causal_skip)

@@ -46,6 +46,13 @@ def checkpoint_activations(blocks: Sequence[nn.Module], mode: str) -> None:
         block.forward = _Recomputed(block.forward, options)
 
 
+def keep_activations(blocks: Sequence[nn.Module]) -> None:
+    """Undo ``checkpoint_activations`` on each of ``blocks``, in place."""
+    for block in blocks:
+        if isinstance(block.__dict__.get("forward"), _Recomputed):
+            del block.forward
+
+
 class _Recomputed:
     """A block's forward, run again in backward where gradients are wanted."""
 

@@ -84,7 +84,7 @@ def main(cfg: Config) -> int:
     cfg.raise_on_unread()
 
     # --- what is ours computes what plain transformers does, or is switched off --------------------------------
-    certificate.prove(model, loss_fn, packed=packing.packed_sequence_size > 0, distributed=dist)
+    certificate.prove(model, loss_fn, packed=packing.packed_sequence_size > 0, distributed=dist, loader=loader)
 
     fingerprint = {"config": cfg.resolved(), "data": getattr(loader, "fingerprint", None)}
     state = TrainState(model, tokenizer, peft, optimizer, lr_scheduler, schedule, rng, fingerprint)
