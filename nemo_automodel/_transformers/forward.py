@@ -357,7 +357,12 @@ def _prepare_packed(model: nn.Module, inputs: dict[str, Any]) -> Layout | None:
     positions = inputs.get("position_ids")
     if inputs.get("attention_mask") is None and positions is not None:
         inputs["attention_mask"] = torch.ones_like(positions)
-    return Layout(cu_seqlens, passes_window(model), documents_as_argument=model.__dict__[PASSES_DOCUMENTS])
+    return Layout(
+        cu_seqlens,
+        passes_window(model),
+        documents_as_argument=model.__dict__[PASSES_DOCUMENTS],
+        read_blocks=compat.read_blocks,
+    )
 
 
 def _prepare_padded(model: nn.Module, inputs: dict[str, Any], right_padded: bool | None) -> Layout | None:
@@ -375,7 +380,7 @@ def _prepare_padded(model: nn.Module, inputs: dict[str, Any], right_padded: bool
         return None
     if mask is None and "input_ids" in inputs:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    return Layout(None, passes_window(model))
+    return Layout(None, passes_window(model), read_blocks=compat.read_blocks)
 
 
 def _accepted(base_forward: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Any]:
