@@ -65,12 +65,9 @@ def attention(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     length = query.shape[2]
     if attention_mask is not None and are_blocks(attention_mask):
-        plain = (
-            softcap is None and s_aux is None and not dropout and not any(kwargs.get(k) is not None for k in _EXTRAS)
-        )
-        if plain and fits(query, key, value):
-            window = _window(sliding_window, max_length_q or length)
-            blocks = attention_mask[:, 0]
+        special = softcap is not None or s_aux is not None or any(kwargs.get(name) is not None for name in _EXTRAS)
+        if not special and not dropout and fits(query, key, value):
+            window, blocks = _window(sliding_window, max_length_q or length), attention_mask[:, 0]
             return block_attention(query, key, value, blocks, scaling, window, cu_seq_lens_q, max_length_q), None
         behind = _written_mask(length, key.shape[2], True, sliding_window, cu_seq_lens_q, query.device)
         attention_mask = dense(attention_mask, behind)

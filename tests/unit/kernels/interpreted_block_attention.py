@@ -85,17 +85,17 @@ def compare(ids: Tensor, tensors: list[Tensor], window: int | None = None, bound
 
 
 @pytest.mark.parametrize("rows", [("middle", "ends", "none"), ("adjacent", "in pieces", "whole")])
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 16), (2, 2, 8), (6, 1, 40)])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 16), pytest.param(2, 2, 8, marks=pytest.mark.full), pytest.param(6, 1, 40, marks=pytest.mark.full)])  # fmt: skip
 def test_blocks(rows: tuple[str, ...], heads: int, kv_heads: int, size: int) -> None:
     compare(ids_of(*rows), inputs(3, heads, kv_heads, size))
 
 
-@pytest.mark.parametrize("window", [1, 7, 64])
+@pytest.mark.parametrize("window", [7, pytest.param(1, marks=pytest.mark.full), pytest.param(64, marks=pytest.mark.full)])  # fmt: skip
 def test_windows(window: int) -> None:
     compare(ids_of("middle", "ends", "in pieces"), inputs(3, 4, 2, 16), window=window)
 
 
-@pytest.mark.parametrize("row", ["adjacent", "in pieces", "whole"])
+@pytest.mark.parametrize("row", ["in pieces", pytest.param("adjacent", marks=pytest.mark.full), pytest.param("whole", marks=pytest.mark.full)])  # fmt: skip
 @pytest.mark.parametrize("window", [None, 5])
 def test_documents(row: str, window: int | None) -> None:
     compare(ids_of(row), inputs(1, 4, 2, 16), window=window, bounds=[0, 20, 39, 42, LENGTH])
