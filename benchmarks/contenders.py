@@ -166,6 +166,14 @@ def ours_small_state(workload: Workload, device: torch.device, state_dtype: str)
     return ours(workload, device, master_dtype="bfloat16", optimizer=optimizer)
 
 
+def ours_dense_mask(workload: Workload, device: torch.device) -> Contender:
+    """Ours in pure bf16 with the images in a dense mask, as it is where blocks are not recognised."""
+    from nemo_automodel._transformers import compat
+
+    compat.read_blocks = lambda mask_function: None
+    return ours(workload, device, master_dtype="bfloat16")
+
+
 def ours_deterministic(workload: Workload, device: torch.device) -> Contender:
     """Ours as ``rng.deterministic: true`` makes it: what a resume that repeats every bit costs."""
     from nemo_automodel.components.training.rng import StatefulRNG
@@ -271,6 +279,7 @@ ONLY_IN: dict[str, dict[str, Builder]] = {
         FP32_MASTERS: transformers_with_masters,
         "ours": ours,
         PURE_BF16: lambda w, d: ours(w, d, master_dtype="bfloat16"),
+        f"{PURE_BF16}, dense image mask": ours_dense_mask,
     },
 }
 FOUR_BITS: dict[str, Builder] = {
@@ -290,7 +299,7 @@ def curve_of(name: str) -> str:
     """
     if name.endswith("trained weights in fp32"):
         return FP32_TRAINED
-    if name == FP32_MASTERS or (name.startswith("ours") and name != PURE_BF16):
+    if name == FP32_MASTERS or (name.startswith("ours") and not name.startswith(PURE_BF16)):
         return FP32_MASTERS
     return "transformers"
 

@@ -19,11 +19,14 @@ from transformers import (
     PreTrainedModel,
     core_model_loading,
     initialization,
+    masking_utils,
     modeling_utils,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto import modeling_auto
 from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME, cached_file
+
+from nemo_automodel.components.attention.layout import BlockMask
 
 
 def unsplittable_class_names(model: nn.Module) -> set[str]:
@@ -74,6 +77,40 @@ def chunk_size(model: nn.Module) -> int | None:
     text = config.get_text_config() if isinstance(config, PretrainedConfig) else None
     kinds = getattr(text, "layer_types", None) or ("chunked_attention",)
     return getattr(text, "attention_chunk_size", None) if "chunked_attention" in kinds else None
+
+
+def read_blocks(mask_function: Callable[..., Any]) -> BlockMask | None:
+    """The blocks of a mask function that transformers made as causal or within a block, then within a window.
+
+    It is known by the code of the functions it is made of: what another version makes otherwise is None, never a guess.
+    """
+    window = None
+    parts = _made_of(mask_function, masking_utils.and_masks)
+    if parts is not None and len(parts) == 2:
+        mask_function, overlay = parts
+        window = _held_by(overlay, masking_utils.sliding_window_overlay(1), "sliding_window")
+        if not isinstance(window, int):
+            return None
+    parts = _made_of(mask_function, masking_utils.or_masks)
+    if parts is None or len(parts) != 2 or parts[0] is not masking_utils.causal_mask_function:
+        return None
+    ids = _held_by(parts[1], _blockwise_overlay, "block_sequence_ids")
+    return BlockMask(ids, window) if isinstance(ids, Tensor) and ids.ndim == 2 else None
+
+
+_blockwise_overlay = masking_utils.blockwise_overlay(torch.empty(0))
+
+
+def _made_of(function: Callable[..., Any], combine: Callable[..., Any]) -> tuple[Any, ...] | None:
+    """What ``combine`` made ``function`` of, None where it did not make it."""
+    return _held_by(function, combine(masking_utils.causal_mask_function), "mask_functions")
+
+
+def _held_by(function: Any, like: Callable[..., Any], name: str) -> Any:
+    """The variable ``name`` that ``function`` closes over, None where its code is not that of ``like``."""
+    if getattr(function, "__code__", None) is not like.__code__:
+        return None
+    return inspect.getclosurevars(function).nonlocals.get(name)
 
 
 def model_class_for(auto_class: Any, config: PretrainedConfig) -> type | None:

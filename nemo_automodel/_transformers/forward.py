@@ -359,7 +359,7 @@ def _prepare_padded(model: nn.Module, inputs: dict[str, Any], right_padded: bool
         return None
     if mask is None and "input_ids" in inputs:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    return Layout(None, passes_window(model))
+    return Layout(None, passes_window(model), read_blocks=compat.read_blocks)
 
 
 def _accepted(base_forward: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Any]:

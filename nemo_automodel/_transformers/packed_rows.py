@@ -45,7 +45,12 @@ def prepare_packed(model: nn.Module, inputs: dict[str, Any]) -> Layout | None:
         return None
     if inputs.get("attention_mask") is None and positions is not None:
         inputs["attention_mask"] = torch.ones_like(positions)
-    return Layout(cu_seqlens, passes_window(model), documents_as_argument=model.__dict__[PASSES_DOCUMENTS])
+    return Layout(
+        cu_seqlens,
+        passes_window(model),
+        documents_as_argument=model.__dict__[PASSES_DOCUMENTS],
+        read_blocks=compat.read_blocks,
+    )
 
 
 def _document_positions(model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:

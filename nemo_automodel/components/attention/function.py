@@ -20,11 +20,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import and_masks, sdpa_mask
 
+from nemo_automodel.components.attention.blocks import are_blocks, dense, mask_as_blocks
 from nemo_automodel.components.attention.context_parallel import context_attention, refuse
 from nemo_automodel.components.attention.layout import Layout, current_context, current_layout
 from nemo_automodel.components.attention.varlen import packed_attention, window_attention
+from nemo_automodel.kernels.block_attention import block_attention, fits
 
 NAME = "automodel"
+_EXTRAS = ("indices", "position_bias")  # arguments that say more of what is attended to
 
 
 def register() -> str:
@@ -56,10 +59,18 @@ def attention(
     ``attention_mask`` None means causal (where ``is_causal``, else the module, says so), within documents
     ``cu_seq_lens_q`` [D+1] if given and within ``sliding_window`` keys, the query's own included.
     A 4D ``attention_mask`` (bool, or additive float) says everything by itself: windows and documents are in it.
+    Blocks (``blocks.mask_as_blocks``) in its place are as None, and let tokens see those ahead in their block besides.
     ``indices`` [B, S, N], the keys that a sparse attention's indexer chose, narrow it further.
     """
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     length = query.shape[2]
+    if attention_mask is not None and are_blocks(attention_mask):
+        special = softcap is not None or s_aux is not None or any(kwargs.get(name) is not None for name in _EXTRAS)
+        if not special and not dropout and fits(query, key, value):
+            window, blocks = _window(sliding_window, max_length_q or length), attention_mask[:, 0]
+            return block_attention(query, key, value, blocks, scaling, window, cu_seq_lens_q, max_length_q), None
+        behind = _written_mask(length, key.shape[2], True, sliding_window, cu_seq_lens_q, query.device)
+        attention_mask = dense(attention_mask, behind)
     if (indices := kwargs.pop("indices", None)) is not None:
         if attention_mask is None:
             attention_mask = _written_mask(length, key.shape[2], causal, sliding_window, cu_seq_lens_q, query.device)
@@ -127,6 +138,10 @@ def attention_mask(
         )
         if allow_is_causal_skip and not needed:
             return None
+        device, dtype = kwargs.get("device", "cpu"), kwargs.get("dtype", torch.float32)
+        blocks = mask_as_blocks(layout, mask_function, attention_mask, q_length, device, dtype)
+        if blocks is not None:
+            return blocks
         if layout.cu_seqlens is not None:
             mask_function = and_masks(mask_function, _same_document(layout.cu_seqlens, q_length))
             attention_mask, allow_is_causal_skip = None, False

@@ -6,15 +6,25 @@ of a synchronisation per forward and a dense [S, S] mask.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nemo_automodel.types import ContextLayout
+
+
+@dataclass(frozen=True)
+class BlockMask:
+    """A mask that is causal, or within one block of tokens (an image's), all of it within the last ``window`` keys."""
+
+    ids: Tensor
+    """[B, S] the block that a token is in, negative for none."""
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,8 @@ class Layout:
     """The model hands ``cu_seq_lens_q`` on to its attention function; else the mask says where documents end."""
     context: ContextLayout | None = None
     """The rows are this rank's chunks of longer ones; None: they are whole."""
+    read_blocks: Callable[[Callable[..., Any]], BlockMask | None] | None = None
+    """Tells whether a mask function is a ``BlockMask``, and which; None: nobody can tell."""
 
 
 _CURRENT: ContextVar[Layout | None] = ContextVar("nemo_automodel_layout", default=None)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from nemo_automodel.components.attention import function, varlen
+from nemo_automodel.components.attention.blocks import _with_bounds
 from nemo_automodel.components.attention.layout import Layout, announce, current_layout
 
 SIZE, LENGTH = 8, 24
@@ -164,3 +165,36 @@ def test_a_mask_that_must_be_made_has_the_documents_in_it() -> None:
         mask = ask_mask(local_size=2, mask_function=sliding_window_causal_mask_function(2))
     assert mask is not None
     assert torch.equal(mask[0, 0], causal(8, window=2, boundaries=[0, 3, 8]))
+
+
+@pytest.mark.parametrize("extra", ["nothing", "softcap", "sinks", "odd size", "compiled", "position_bias", "indices"])
+@pytest.mark.parametrize("window", [None, 4])
+def test_blocks_in_place_of_a_mask(extra: str, window: int | None) -> None:
+    """By the kernel, or where something else narrows or changes the scores, by the mask that they stand for."""
+    query, key, value = inputs()
+    if extra == "odd size":
+        query, key, value = (x[..., :6].detach().requires_grad_() for x in (query, key, value))
+    ids = torch.full((2, LENGTH), -1)
+    ids[0, 3:15], ids[1, 0:5], ids[1, 20:24] = 0, 0, 1
+    seen = causal(window=window) | ((ids[:, :, None] == ids[:, None, :]) & (ids >= 0)[:, :, None]).triu(1)
+    scale = query.shape[-1] ** -0.5
+    options: dict[str, object] = {"sliding_window": window, "scaling": scale}
+    known: dict[str, object] = {"scale": scale}
+    if extra == "softcap":
+        options["softcap"] = known["softcap"] = 0.7
+    if extra == "sinks":
+        options["s_aux"] = known["sinks"] = torch.randn(4, generator=torch.Generator().manual_seed(1))
+    if extra == "position_bias":
+        options["position_bias"] = torch.zeros(1, 4, LENGTH, LENGTH)
+    if extra == "indices":
+        options["indices"] = torch.arange(LENGTH)[None, :, None].expand(2, -1, 1)
+        seen = seen & torch.eye(LENGTH, dtype=torch.bool)
+    call = torch.compile(function.attention, backend="aot_eager", fullgraph=True) if extra == "compiled" else function.attention  # fmt: skip
+    out, _ = call(Module(2), query, key, value, _with_bounds(ids, None), **options)
+    wanted = torch.cat([oracle(query[i : i + 1], key[i : i + 1], value[i : i + 1], seen[i], **known) for i in (0, 1)])  # type: ignore[arg-type]
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
+    gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+    mine = torch.autograd.grad(out, [query, key, value], gradient)
+    theirs = torch.autograd.grad(wanted, [query, key, value], gradient.double())
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
