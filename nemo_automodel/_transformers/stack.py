@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 from nemo_automodel._transformers import compat
 from nemo_automodel._transformers.forward import give_up_fusing, keeps_logits
 from nemo_automodel._transformers.packing import PASSES_DOCUMENTS
+from nemo_automodel._transformers.shared_inputs import SHARED_INPUTS
 from nemo_automodel._transformers.window_trial import PASSES_WINDOW
 from nemo_automodel.components._peft.linear import LoRALinear, adapt, clean_name, lora_layers, stored
 from nemo_automodel.components._peft.match import is_transposed_linear
+from nemo_automodel.components._peft.shared import unshare_inputs
 from nemo_automodel.components.attention import function
 from nemo_automodel.components.loss.linear_ce import FusedLinearCrossEntropy
 from nemo_automodel.components.quantization.fp8 import fp8_layers
@@ -28,12 +30,13 @@ PACKING = "packing"
 LOSS = "fused loss"
 LORA = "LoRA"
 KERNEL = "LoRA kernel"
+SHARED = "shared LoRA inputs"
 CHECKPOINTING = "activation checkpointing"
 FP8 = "FP8"
 
-NEEDS = {PACKING: {ATTENTION}, KERNEL: {LORA}, FP8: {LORA}}
+NEEDS = {PACKING: {ATTENTION}, KERNEL: {LORA}, SHARED: {LORA}, FP8: {LORA}}
 """What an optimisation is tried together with: it does nothing, or nothing right, alone."""
-SWITCHES = (ATTENTION, LOSS, KERNEL)
+SWITCHES = (ATTENTION, LOSS, KERNEL, SHARED)
 """Those that a model can go on without, once it is built."""
 
 
@@ -106,10 +109,12 @@ def stack_of(model: nn.Module, loss_fn: Any, *, packed: bool, checkpointing: str
         LOSS: isinstance(loss_fn, FusedLinearCrossEntropy) and not keeps_logits(model),
         LORA: adapters is not None,
         KERNEL: kernel,
+        SHARED: any(layer.lora_group is not None for _, layer in lora_layers(model)),
         CHECKPOINTING: checkpointing != "off",
         FP8: bool(quantised),
     }
-    found = {name: model.__dict__[name] for name in (PASSES_WINDOW, PASSES_DOCUMENTS) if name in model.__dict__}
+    kept = (PASSES_WINDOW, PASSES_DOCUMENTS, SHARED_INPUTS)
+    found = {name: model.__dict__[name] for name in kept if name in model.__dict__}
     optimisations = tuple(name for name, on in used.items() if on)
     return Stack(optimisations, loss_fn, checkpointing, adapters, min(quantised, default=0), found)
 
@@ -125,6 +130,9 @@ def switch_off(model: Any, name: str, attention: str) -> str:
     if name == LOSS:
         give_up_fusing(model)
         return "a loss over whole logits"
+    if name == SHARED:
+        unshare_inputs(model)
+        return "each adapter by itself"
     for _, layer in lora_layers(model):
         layer.lora_use_triton = False
     return "adapters in plain PyTorch"
