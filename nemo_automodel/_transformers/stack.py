@@ -34,7 +34,7 @@ SHARED = "shared LoRA inputs"
 CHECKPOINTING = "activation checkpointing"
 FP8 = "FP8"
 
-NEEDS = {PACKING: {ATTENTION}, KERNEL: {LORA}, SHARED: {LORA}, FP8: {LORA}}
+NEEDS = {PACKING: {ATTENTION}, KERNEL: {LORA}, SHARED: {LORA, KERNEL}, FP8: {LORA}}
 """What an optimisation is tried together with: it does nothing, or nothing right, alone."""
 SWITCHES = (ATTENTION, LOSS, KERNEL, SHARED)
 """Those that a model can go on without, once it is built."""
