@@ -7,6 +7,7 @@ another input computes alone, so a group that is wrong about a model costs time,
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,10 @@ class SharedInput:
 
     def __init__(self, members: Sequence[LoRALinear]) -> None:
         self.members = list(members)
+        self.last: weakref.ref[Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "last": None}
 
     def output(self, member: LoRALinear, x: Tensor) -> Tensor | None:
         """What ``member`` gives for ``x``; None where it has to compute it alone."""
@@ -34,8 +39,11 @@ class SharedInput:
             outputs = self._all_outputs(x)
             if outputs is None:
                 return None
+            if not torch.compiler.is_compiling():
+                self._forget(x)
+            first, outputs[0] = outputs[0], None
             setattr(x, _KEPT, (self, outputs))
-            return outputs[0]
+            return first
         kept = getattr(x, _KEPT, None)
         if kept is None or kept[0] is not self:
             return None
@@ -44,6 +52,13 @@ class SharedInput:
         if at == len(self.members) - 1:
             setattr(x, _KEPT, None)
         return output
+
+    def _forget(self, x: Tensor) -> None:
+        """Drop what nobody fetched at the input before ``x``: such outputs keep their input, which keeps them."""
+        last = self.last() if self.last is not None else None
+        if last is not None and (getattr(last, _KEPT, None) or (None,))[0] is self:
+            setattr(last, _KEPT, None)
+        self.last = weakref.ref(x)
 
     def _all_outputs(self, x: Tensor) -> list[Any] | None:
         first = self.members[0]
