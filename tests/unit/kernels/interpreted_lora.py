@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_automodel.components._peft.linear import LoRALinear, _kernel_takes
+from nemo_automodel.components._peft.linear import LoRALinear, kernel_takes
 from nemo_automodel.components._peft.lora import PeftConfig
 from nemo_automodel.kernels import lora_triton, reference
 from nemo_automodel.kernels.lora import lora_linear, runs_on
@@ -122,7 +122,7 @@ def test_layers_use_the_op_and_compile_into_one_graph():
     fast.load_state_dict(plain.state_dict())
     assert runs_on("cpu")
     assert isinstance(fast[0], LoRALinear)
-    assert _kernel_takes(torch.randn(2, 24), fast[0].weight, fast[0].bias)
+    assert kernel_takes(torch.randn(2, 24), fast[0].weight, fast[0].bias)
     x = torch.randn(3, 5, 24)
     reference_loss = plain(x).square().mean()
     reference_loss.backward()
