@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from nemo_automodel.components._peft.linear import assign, clean_name, full_tensor, like, stored
+from nemo_automodel.components._peft.linear import LoRAWeight, assign, clean_name, full_tensor, like, stored
 from nemo_automodel.components._peft.match import stacked_weights
 
 _CHILD = "lora_experts"  # what holds a module's adapters, by the name of the weight
 
 
-class ExpertFactor(nn.Module):
+class ExpertFactor(LoRAWeight):
     """One low-rank factor of every expert, ``.weight`` [E, rows, cols]."""
 
     def __init__(self, shape: tuple[int, int, int], init: str, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.init = init
         self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
 
@@ -193,9 +193,7 @@ def from_file(a: torch.Tensor, b: torch.Tensor, experts: int) -> tuple[torch.Ten
 
 
 @torch.no_grad()
-def expert_sum(
-    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, transposed: bool
-) -> torch.Tensor:
+def expert_sum(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, transposed: bool) -> torch.Tensor:
     """``weight + scale * B A`` of each expert, summed in fp32 and cast to the weight's dtype."""
     merged = torch.empty_like(weight)
     for i in range(len(weight)):  # one at a time: together their fp32 sums may be larger than the model

@@ -62,7 +62,9 @@ def select_modules(
     named_weights, of_linears = _split_parameters(parameters or [], linears, stacked)
     if within is not None:
         _require_within([*patterns, *named_weights, *of_linears], linears | stacked, within)
-        linears, stacked, skipped = ({n: v for n, v in of.items() if within(n)} for of in (linears, stacked, skipped))
+        linears = {name: module for name, module in linears.items() if within(name)}
+        stacked = {name: weight for name, weight in stacked.items() if within(name)}
+        skipped = {name: reason for name, reason in skipped.items() if within(name)}
     known = _Known(model, linears, stacked)
     known.require_each_matches(exclude, "peft.exclude_modules")
     known.require_each_matches(patterns, "peft.target_modules")
