@@ -18,7 +18,7 @@ from nemo_automodel._transformers import compat, loading, sharded
 from nemo_automodel._transformers.blocks import find_blocks
 from nemo_automodel._transformers.cp_check import require_context_parallel
 from nemo_automodel._transformers.ep_plan import ep_plan_for
-from nemo_automodel._transformers.experts import choose_experts, require_factors
+from nemo_automodel._transformers.experts import choose_experts, require_no_cut
 from nemo_automodel._transformers.mixin import adopt
 from nemo_automodel._transformers.packing_trial import require_packing
 from nemo_automodel._transformers.parts import has_towers, part_finder, report_parts
@@ -232,11 +232,11 @@ def _assemble(
         report_parts(model)
     tp_mesh = getattr(distributed, "tp_mesh", None)  # a manager of the user's own may know no such thing
     if tp_mesh is not None and tp_mesh.size() > 1:
+        require_no_cut(model)
         along_sequence = getattr(distributed, "sequence_parallel", False)
         tensor_parallelize(model, tp_plan_for(model, tp_mesh, along_sequence), tp_mesh, along_sequence)
     expert_mesh = getattr(distributed, "expert_mesh", None)
     if expert_mesh is not None:
-        require_factors(model)
         expert_parallelize(model, ep_plan_for(model), expert_mesh["ep"])
     blocks = find_blocks(model)
     if fp8 is not None:

@@ -57,6 +57,12 @@ def choose_experts(
         _set(model, NAME, modules)
         slow = compat.why_no_grouped_product(compute_dtype, device)
         logger.info("experts: %s%s", _described(model, modules), f" (in a loop: {slow})" if slow else "")
+    multiply_factors(model)
+
+
+def multiply_factors(model: nn.Module) -> None:
+    """Let adapted experts of ``model`` that run this function leave their adapters to it."""
+    modules = compat.pluggable_experts(model)
     for weight in lora_experts(model):
         weight.module.lora_by_factors = runs_ours if weight.module in modules else None
 
@@ -78,14 +84,22 @@ def runs_ours(module: nn.Module) -> bool:
     return compat.experts_name(module) == NAME
 
 
-def require_factors(model: nn.Module) -> None:
-    """Raise ModelError where adapted experts cannot be shared out, because their adapters are added to whole weights."""
-    for weight in lora_experts(model):
-        if weight.module.lora_by_factors is None or not weight.module.lora_by_factors(weight.module):
-            raise ModelError(
-                f"distributed.ep_size: the adapter of {weight.full_name} is added to the weight in each forward, which "
-                "must be whole for that; write ep_size: 1, or leave the experts out of peft"
-            )
+def require_factors(module: nn.Module, name: str) -> None:
+    """Raise ModelError where the experts of ``module`` cannot be shared out: adapters are added to its whole weights."""
+    if isinstance(module, LoRAExperts) and not (module.lora_by_factors and module.lora_by_factors(module)):
+        raise ModelError(
+            f"distributed.ep_size: the adapters of {name} are added to its weights in each forward, which must be whole for "
+            "that; write ep_size: 1, or leave the experts out of peft"
+        )
+
+
+def require_no_cut(model: nn.Module) -> None:
+    """Raise ModelError where experts with adapters would be cut by tensor parallelism."""
+    if weight := next(iter(lora_experts(model)), None):
+        raise ModelError(
+            f"distributed.tp_size: {weight.full_name} has adapters, which are not cut; write tp_size: 1 (FSDP2 and "
+            "ep_size share experts out), or leave the experts out of peft"
+        )
 
 
 def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -176,4 +190,12 @@ def _warn_of_own(model: nn.Module) -> None:
         )
 
 
-__all__ = ["NAME", "choose_experts", "experts_forward", "require_factors", "runs_ours"]
+__all__ = [
+    "NAME",
+    "choose_experts",
+    "experts_forward",
+    "multiply_factors",
+    "require_factors",
+    "require_no_cut",
+    "runs_ours",
+]

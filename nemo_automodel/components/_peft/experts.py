@@ -52,13 +52,10 @@ class ExpertFactor(LoRAWeight):
 class ExpertAdapter(nn.Module):
     """The factors of one stacked weight: ``lora_A.weight`` [E, r, in], ``lora_B.weight`` [E, out, r]."""
 
-    def __init__(
-        self, shape: Sequence[int], transposed: bool, dim: int, init: str, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, shapes: tuple[Any, Any], init: str, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        experts, n_out, n_in = (shape[0], shape[2], shape[1]) if transposed else shape
-        self.lora_A = ExpertFactor((experts, dim, n_in), init, dtype, device)
-        self.lora_B = ExpertFactor((experts, n_out, dim), "zeros", dtype, device)
+        self.lora_A = ExpertFactor(shapes[0], init, dtype, device)
+        self.lora_B = ExpertFactor(shapes[1], "zeros", dtype, device)
 
 
 class LoRAExperts(nn.Module):
@@ -144,15 +141,42 @@ def adapt_experts(
         module = model.get_submodule(owner)
         own = {name: p for name, p in module.named_parameters(recurse=False) if name in wanted}
         transposed = bool(getattr(module, "is_transposed", False))
+        adapters = {
+            name: ExpertAdapter(factor_shapes(model, f"{owner}.{name}", dim), init, dtype, weight.device)
+            for name, weight in own.items()
+        }
         module.__class__ = _adapted_class(type(module), tuple(own))
         assert isinstance(module, LoRAExperts)
-        adapters = {n: ExpertAdapter(p.shape, transposed, dim, init, dtype, p.device) for n, p in own.items()}
         setattr(module, _CHILD, nn.ModuleDict(adapters))
         module.lora_names = tuple(own)
         module.lora_scale = scale
         module.lora_transposed = transposed
         module.lora_sums = None
         module.lora_by_factors = None
+
+
+def expert_adapters(module: nn.Module) -> list[str]:
+    """Names, within a module of experts, of the factors ``[E, ...]`` of its adapters."""
+    return [name for name, _ in module.named_parameters() if name.startswith(f"{_CHILD}.")]
+
+
+def is_transposed_experts(model: nn.Module, name: str) -> bool:
+    """Whether the stacked weight ``name`` of ``model`` is [E, in, out], as PEFT tells it: its module says so."""
+    return bool(getattr(model.get_submodule(name.rpartition(".")[0]), "is_transposed", False))
+
+
+def factor_names(name: str) -> tuple[str, str]:
+    """Names of the parameters A and B of the adapter of the stacked weight ``name``."""
+    owner, _, last = name.rpartition(".")
+    return f"{owner}.{_CHILD}.{last}.lora_A.weight", f"{owner}.{_CHILD}.{last}.lora_B.weight"
+
+
+def factor_shapes(model: nn.Module, name: str, dim: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Shapes [E, r, in] and [E, out, r] of the factors of an adapter of rank ``dim`` of the stacked weight ``name``."""
+    experts, n_out, n_in = model.get_parameter(name).shape
+    if is_transposed_experts(model, name):
+        n_out, n_in = n_in, n_out
+    return (experts, dim, n_in), (experts, n_out, dim)
 
 
 def lora_experts(model: nn.Module) -> Iterator[ExpertWeight]:

@@ -12,7 +12,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from nemo_automodel.components._peft.experts import expert_sum, from_file, split_adapter
+from nemo_automodel.components._peft.experts import (
+    expert_sum,
+    factor_shapes,
+    from_file,
+    is_transposed_experts,
+    split_adapter,
+)
 from nemo_automodel.components._peft.export import PREFIX
 from nemo_automodel.components._peft.linear import low_rank_sum
 from nemo_automodel.components._peft.match import is_transposed_linear
@@ -89,17 +95,15 @@ def merge_adapter(model: Any, config: Mapping[str, Any], weights: Mapping[str, t
 
 
 def _merge_experts(model: Any, name: str, parts: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
-    weight, owner = model.get_parameter(name), model.get_submodule(name.rpartition(".")[0])
-    transposed = bool(getattr(owner, "is_transposed", False))
-    experts, n_out, n_in = (weight.shape[0], weight.shape[2], weight.shape[1]) if transposed else weight.shape
+    weight, transposed = model.get_parameter(name), is_transposed_experts(model, name)
     a, b = parts["A"], parts["B"]
-    if b.shape[0] != n_out or a.shape[1] != n_in or a.shape[0] != b.shape[1] or a.shape[0] % experts:
+    (experts, rank, n_in), (_, n_out, _) = factor_shapes(model, name, a.shape[0] // weight.shape[0])
+    if a.shape != (experts * rank, n_in) or b.shape != (n_out, experts * rank):
         raise ModelError(
             f"the adapter of {name}, A {list(a.shape)} and B {list(b.shape)}, does not fit the base model's "
             f"{list(weight.shape)}; pass the model it was trained on: --base MODEL"
         )
-    a, b = from_file(a, b, experts)
-    weight.copy_(expert_sum(weight, a, b, _scale(name, a.shape[1], config), transposed))
+    weight.copy_(expert_sum(weight, *from_file(a, b, experts), _scale(name, rank, config), transposed))
 
 
 def _merge_module(model: Any, name: str, parts: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
@@ -124,6 +128,10 @@ def _merge_module(model: Any, name: str, parts: Mapping[str, torch.Tensor], conf
 
 def _add(name: str, module: Any, parts: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
     embedding = "embedding_A" in parts
+    if getattr(module, "weight", None) is None:
+        raise ModelError(
+            f"the adapter changes a weight of {name} that is neither a layer's nor experts'; merge it with peft"
+        )
     if embedding and "magnitude_vector" in parts:
         raise ModelError(f"the adapter of {name} is DoRA on an embedding; merge it with peft")
     a, b = (parts["embedding_A"], parts["embedding_B"]) if embedding else (parts["A"], parts["B"])
