@@ -9,6 +9,7 @@ Shape legend: E experts, r rank; a weight is [E, out, in], or [E, in, out] in a 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -193,10 +194,18 @@ _adapted_classes: dict[tuple[type, tuple[str, ...]], type] = {}
 def _adapted_class(cls: type, names: tuple[str, ...]) -> type:
     key = (cls, names)
     if key not in _adapted_classes:  # one class each, so that torch.compile sees the same code in every block
-        namespace: dict[str, Any] = {name: _seen(name) for name in names}
+        namespace: dict[str, Any] = {name: _seen(name) for name in names} | {"forward": _forward_of(cls)}
         namespace |= {"__doc__": f"``{cls.__name__}`` with LoRA adapters.", "__module__": cls.__module__}
         _adapted_classes[key] = type(f"LoRA{cls.__name__}", (LoRAExperts, cls), namespace)
     return _adapted_classes[key]
+
+
+def _forward_of(cls: Any) -> Callable[..., Any]:
+    @functools.wraps(cls.forward)  # with the signature of the module's own, which says how it may be called
+    def forward(self: LoRAExperts, *args: Any, **kwargs: Any) -> Any:
+        return LoRAExperts.forward(self, *args, **kwargs)
+
+    return forward
 
 
 def _seen(name: str) -> property:

@@ -132,7 +132,7 @@ def _choose_stacked(
         if name not in chosen and (match_all_linear or any(name_matches(p, name) for p in patterns)):
             left[name] = (
                 f"stacked expert weights ({weight.shape[0]} experts in one tensor); "
-                f"name them in peft.target_parameters to adapt them: {'.'.join(name.split('.')[-2:])}"
+                "name them in peft.target_parameters to adapt them"
             )
     return chosen, left
 
