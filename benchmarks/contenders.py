@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.workloads import TARGETS, Workload, fill
+from benchmarks.workloads import Workload, fill
 from nemo_automodel.types import Batch
 
 
@@ -41,12 +41,15 @@ def transformers(
     fp32_trained: bool = False,
     unpacked: bool = False,
     weights: str = "whole",
+    checkpointed: bool = False,
+    experts: str | None = None,
 ) -> Contender:
     """transformers (+ PEFT where the workload has adapters), with Liger's kernels or compiled layers or both.
 
     ``fp32_trained`` keeps what is trained in fp32: adapters as PEFT does by default, all weights under autocast. Packed
     rows come with positions that restart, from which transformers makes its mask; ``unpacked`` gives a document a row.
     ``weights``: of the layers, ``whole``, ``packed`` in four bits, or ``rounded`` to what four bits leave of them.
+    ``checkpointed``: layers are computed again in backward. ``experts``: transformers' name of how experts are run.
     """
     if liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
@@ -58,7 +61,10 @@ def transformers(
         model: Any = workload.plain_model()
     torch.set_default_dtype(torch.float32)
     layers = workload.layers(model)
-    if dtype == torch.float32:
+    if experts is not None:
+        model.set_experts_implementation(experts)
+    checkpointed = checkpointed or dtype == torch.float32
+    if checkpointed:
         model.gradient_checkpointing_enable()
     if weights != "whole":
         for name, module in [
@@ -72,9 +78,10 @@ def transformers(
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(
-            r=workload.lora_rank, lora_alpha=2 * workload.lora_rank, lora_dropout=0.0, target_modules=TARGETS
-        )
-        if dtype == torch.float32:
+            r=workload.lora_rank, lora_alpha=2 * workload.lora_rank, lora_dropout=0.0,
+            target_modules=list(workload.targets), target_parameters=list(workload.expert_targets) or None,
+        )  # fmt: skip
+        if checkpointed:
             model.enable_input_require_grads()
         model = get_peft_model(model, config, autocast_adapter_dtype=fp32_trained)
     workload.fill(model, but=in_layers)
@@ -96,9 +103,9 @@ def transformers(
     )
 
 
-def transformers_with_masters(workload: Workload, device: torch.device) -> Contender:
+def transformers_with_masters(workload: Workload, device: torch.device, **options: Any) -> Contender:
     """transformers in bf16 throughout, stepped on fp32 copies of its weights: what ours computes, written out plainly."""
-    contender = transformers(workload, device)
+    contender = transformers(workload, device, **options)
     weights = [p for p in contender.model.parameters() if p.requires_grad]
     masters = [p.detach().float().requires_grad_() for p in weights]
     optimizer = torch.optim.AdamW(masters, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda")
@@ -134,7 +141,8 @@ def ours(workload: Workload, device: torch.device, **model_options: Any) -> Cont
     peft = None
     if workload.lora_rank:
         r = workload.lora_rank
-        peft = PeftConfig(**({"match_all_linear": True, "dim": r, "alpha": 2 * r} | peft_options))
+        chosen = {"match_all_linear": True, "target_parameters": list(workload.expert_targets) or None}
+        peft = PeftConfig(**({"dim": r, "alpha": 2 * r} | chosen | peft_options))
     dist = FSDP2Manager(env=DistEnv(device=device.type), activation_checkpointing=checkpointing)
     auto_class, options = workload.our_model()
     model = auto_class.from_config(
@@ -242,6 +250,7 @@ REFERENCE = "transformers fp32"
 
 FP32_TRAINED = "transformers, trained weights in fp32"
 FP32_MASTERS = "transformers, fp32 masters"
+EAGER_EXPERTS = "transformers, eager experts"
 ROUNDED = "transformers, weights rounded to 4 bits"
 PURE_BF16 = "ours, pure bf16"
 PEERS: dict[str, Builder] = {
@@ -281,6 +290,18 @@ ONLY_IN: dict[str, dict[str, Builder]] = {
         PURE_BF16: lambda w, d: ours(w, d, master_dtype="bfloat16"),
         f"{PURE_BF16}, dense image mask": ours_dense_mask,
     },
+    "E": {
+        FP32_MASTERS: transformers_with_masters,
+        EAGER_EXPERTS: lambda w, d: transformers(w, d, experts="eager"),
+        "ours": ours,
+        "ours, transformers' experts": lambda w, d: ours(w, d, experts_implementation="grouped_mm"),
+    },
+    "E+": {  # with its adapters added to the weights, whole layers' worth of sums would be kept for backward
+        FP32_MASTERS: lambda w, d: transformers_with_masters(w, d, checkpointed=True),
+        "ours": ours,
+        "ours, checkpointed": lambda w, d: ours(w, d, activation_checkpointing="full"),
+        "ours, selective": lambda w, d: ours(w, d, activation_checkpointing="selective"),
+    },
 }
 FOUR_BITS: dict[str, Builder] = {
     "transformers + Liger, 4 bits": transformers_4bit,
@@ -309,8 +330,9 @@ NEEDS_GPU = ("Liger", "compiled")
 
 def contenders(workload: str, cpu: bool) -> dict[str, Builder]:
     """Those that can take part in ``workload``, by name."""
-    peers = {name: build for name, build in PEERS.items() if workload != "D" or "Liger" not in name}
-    found = peers | ONLY_IN[workload]  # Liger's patch is for llamas
+    llama = workload not in ("D", "E", "E+")  # Liger's patch is for llamas
+    peers = {name: build for name, build in PEERS.items() if llama or "Liger" not in name}
+    found = ({} if workload == "E+" else peers) | ONLY_IN[workload]
     missing = NEEDS_GPU if cpu else ()
     if importlib.util.find_spec("bitsandbytes") is None:
         missing = (*missing, "int8")

@@ -1,6 +1,7 @@
 """One optimizer step, ours beside the peers': equality first, then time.
 
-    python -m benchmarks.step [--workloads A B] [--contenders NAME ...] [--steps 30] [--warmup 10] [--cpu] [--out DIR]
+    python -m benchmarks.step [--workloads A B] [--contenders NAME ...] [--steps 30] [--warmup 10]
+        [--reference NAME] [--cpu] [--out DIR]
 
 Each contender runs in a process of its own, with the same weights, tokens, optimizer and clipping. Its loss and
 gradient norms at step 0 are compared with fp32 transformers, its loss curve with that of plain transformers which keeps
@@ -27,11 +28,12 @@ import torch
 
 from benchmarks.common import covered, write
 from benchmarks.contenders import REFERENCE, Contender, build, contenders, curve_of
+from benchmarks.moe import E_EXPERTS, E
 from benchmarks.vision import D
 from benchmarks.workloads import WORKLOADS as TEXT_WORKLOADS
 from benchmarks.workloads import Workload, canonical
 
-WORKLOADS = TEXT_WORKLOADS | {"D": D}
+WORKLOADS = TEXT_WORKLOADS | {"D": D, "E": E, "E+": E_EXPERTS}
 
 LOSS_TOLERANCE = 2e-3  # of step 0, absolute
 NORM_TOLERANCE = 0.02  # of the gradient norm, relative
@@ -225,14 +227,16 @@ def run_contender(name: str, workload: str, arguments: argparse.Namespace, steps
 
 def run_workload(workload: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The reference, then every contender, judged."""
-    reference = run_contender(REFERENCE, workload, arguments, steps=1)
+    known = contenders(workload, arguments.cpu)
+    chosen = [name for name in arguments.contenders or known if name in known]
+    takes_part = arguments.reference in chosen
+    reference = run_contender(arguments.reference, workload, arguments, steps=None if takes_part else 1)
     if "failed" in reference:
-        yield {"workload": workload, "contender": REFERENCE, **reference}
+        yield {"workload": workload, "contender": arguments.reference, **reference}
         return
     curves: dict[str, list[float]] = {}
-    known = contenders(workload, arguments.cpu)
-    for name in (name for name in arguments.contenders or known if name in known):
-        result = run_contender(name, workload, arguments)
+    for name in chosen:
+        result = dict(reference) if name == arguments.reference else run_contender(name, workload, arguments)
         if "failed" not in result:
             curves[name] = result["losses"]
             result |= judge(result, reference, curves.get(curve_of(name)), FP8_TOLERANCE * ("fp8" in name))
@@ -245,6 +249,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--contenders", nargs="+", default=[], help="names; default all")
+    parser.add_argument(
+        "--reference", default=REFERENCE, help="with whom step 0 is compared, where fp32 does not fit the device"
+    )
     parser.add_argument("--profile", nargs="+", default=[], help="names whose kernel table is printed")
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--steps", type=int, default=30)

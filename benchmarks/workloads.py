@@ -28,6 +28,8 @@ class Workload:
     seq: int
     lora_rank: int | None = None  # None: every weight is trained
     document: int | None = None  # tokens of each document packed into the rows; None: a row is one document
+    targets: tuple[str, ...] = tuple(TARGETS)  # the linear layers that peers adapt: all but the output head
+    expert_targets: tuple[str, ...] = ()  # stacked expert weights that are adapted
 
     @property
     def tokens(self) -> int:
@@ -138,7 +140,9 @@ def _packed(batch: Batch, documents: int, length: int) -> Batch:
 
 
 def canonical(name: str) -> str:
-    """A parameter's name without what PEFT puts around it."""
+    """A parameter's name without what PEFT puts around it; its adapters of experts, one inside the other, as ours."""
+    name = re.sub(r"\.experts\.base_layer\.lora_(?=[AB]\.)", ".experts.lora_experts.gate_up_proj.lora_", name)
+    name = re.sub(r"\.experts\.lora_(?=[AB]\.)", ".experts.lora_experts.down_proj.lora_", name)
     return re.sub(r"^base_model\.model\.|\.base_layer|\.default", "", name)
 
 
@@ -154,8 +158,15 @@ def fill(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
             local.fill_(1.0)
             continue
         generator = torch.Generator(local.device).manual_seed(zlib.crc32(canonical(name).encode()))
-        drawn = torch.empty(local.shape, device=local.device).normal_(0.0, 0.02, generator=generator)
-        local.copy_(drawn.bfloat16())
+        drawn = torch.empty(_shape_in_file(name, local), device=local.device).normal_(0.0, 0.02, generator=generator)
+        local.copy_((drawn.permute(2, 0, 1) if drawn.shape != local.shape else drawn).bfloat16())
+
+
+def _shape_in_file(name: str, local: torch.Tensor) -> torch.Size:
+    """Of our B of experts [E, out, r] PEFT's order [out, r, E], in which numbers are drawn."""
+    if ".lora_experts." in name and ".lora_B." in name and local.ndim == 3:
+        return torch.Size((*local.shape[1:], local.shape[0]))
+    return local.shape
 
 
 def model_flops(workload: Workload) -> float:

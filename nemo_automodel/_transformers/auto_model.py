@@ -18,6 +18,7 @@ from nemo_automodel._transformers import compat, loading, sharded
 from nemo_automodel._transformers.blocks import find_blocks
 from nemo_automodel._transformers.cp_check import require_context_parallel
 from nemo_automodel._transformers.ep_plan import ep_plan_for
+from nemo_automodel._transformers.experts import choose_experts, require_no_cut
 from nemo_automodel._transformers.mixin import adopt
 from nemo_automodel._transformers.packing_trial import require_packing
 from nemo_automodel._transformers.parts import has_towers, part_finder, report_parts
@@ -53,6 +54,7 @@ class _NeMoAutoModel:
         dtype: str = "bfloat16",
         master_dtype: str = "float32",
         attn_implementation: str | None = None,
+        experts_implementation: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
         peft: Any = None,
@@ -72,6 +74,7 @@ class _NeMoAutoModel:
                 ``distributed``: without loss scaling its gradients vanish). ``torch_dtype`` is understood too.
             master_dtype: what trainable weights are kept in; used with ``distributed`` and without ``peft`` only.
             attn_implementation: None is ours where the model allows it; else a name that transformers knows.
+            experts_implementation: of a mixture of experts, likewise.
             revision: branch, tag or commit on the Hub.
             trust_remote_code: run the model code that the repository brings.
             peft: a ``PeftConfig``, or None for all weights.
@@ -110,7 +113,7 @@ class _NeMoAutoModel:
         model.__dict__["_automodel_source"] = source
         model.export_dtype = loading.own_dtype(config) or compute  # type: ignore[assignment]
         return _assemble(
-            model, weights, compute, attn_implementation,
+            model, weights, compute, attn_implementation, experts_implementation,
             peft=peft, distributed=distributed, compile=compile, packed=packed,
             fp8=fp8, quantization=quantization, freeze=freeze,
         )  # fmt: skip
@@ -123,6 +126,7 @@ class _NeMoAutoModel:
         dtype: str = "bfloat16",
         master_dtype: str = "float32",
         attn_implementation: str | None = None,
+        experts_implementation: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
         peft: Any = None,
@@ -142,6 +146,7 @@ class _NeMoAutoModel:
             dtype: as in ``from_pretrained``.
             master_dtype: as in ``from_pretrained``.
             attn_implementation: as in ``from_pretrained``.
+            experts_implementation: as in ``from_pretrained``.
             revision: as in ``from_pretrained``, where ``config`` is a Hub ID.
             trust_remote_code: as in ``from_pretrained``.
             peft: as in ``from_pretrained``.
@@ -175,7 +180,7 @@ class _NeMoAutoModel:
             ""  # fresh weights are nobody's: an adapter must not name the config's home as its base
         )
         return _assemble(
-            model, weights, compute, attn_implementation,
+            model, weights, compute, attn_implementation, experts_implementation,
             peft=peft, distributed=distributed, compile=compile, packed=packed,
             fp8=fp8, quantization=quantization, freeze=freeze,
         )  # fmt: skip
@@ -198,6 +203,7 @@ def _assemble(
     weights: Any,
     compute_dtype: torch.dtype,
     attn_implementation: str | None,
+    experts_implementation: str | None,
     *,
     peft: Any,
     distributed: Any,
@@ -225,10 +231,12 @@ def _assemble(
     if peft is not None:
         peft.apply(model, device, _adaptable(model, peft)) if isinstance(peft, PeftConfig) else peft.apply(model)
         model.__dict__["_automodel_peft"] = peft  # save_pretrained describes the adapter by it
+    choose_experts(model, device, compute_dtype, experts_implementation)
     if has_towers(model):
         report_parts(model)
     tp_mesh = getattr(distributed, "tp_mesh", None)  # a manager of the user's own may know no such thing
     if tp_mesh is not None and tp_mesh.size() > 1:
+        require_no_cut(model)
         along_sequence = getattr(distributed, "sequence_parallel", False)
         tensor_parallelize(model, tp_plan_for(model, tp_mesh, along_sequence), tp_mesh, along_sequence)
     expert_mesh = getattr(distributed, "expert_mesh", None)

@@ -106,7 +106,9 @@ def free_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _described(stack: Stack) -> Any:
-    adapters = stack.adapters and {**vars(stack.adapters), "names": sorted(stack.adapters.names)}
+    adapters = stack.adapters and {
+        **vars(stack.adapters), "names": sorted(stack.adapters.names), "stacked": sorted(stack.adapters.stacked)
+    }  # fmt: skip
     loss = type(stack.loss_fn)
     described: dict[str, Any] = {**vars(stack), "adapters": adapters}
     described["loss_fn"] = [f"{loss.__module__}.{loss.__qualname__}", _file_hash(_file_of(loss))]

@@ -1,7 +1,7 @@
 """One small model trained on a few rows, by plain transformers in float32 and by this package's own stack.
 
-The reference runs first, on transformers' own class: eager attention, padded rows, whole logits, adapters merged into
-the weights they adapt. Then the same model becomes ours, and every optimisation can be switched on and off on it.
+The reference runs first, on transformers' own class: eager attention, padded rows, a loop over experts, whole logits,
+adapters merged into the weights they adapt. Then the same model becomes ours, and every optimisation can be switched on and off on it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from nemo_automodel._transformers import compat
+from nemo_automodel._transformers import compat, experts
 from nemo_automodel._transformers.blocks import find_blocks
 from nemo_automodel._transformers.certificate_rows import Rows
 from nemo_automodel._transformers.forward import forget_head, forward_loss
@@ -24,7 +24,18 @@ from nemo_automodel._transformers.inputs import to_device
 from nemo_automodel._transformers.mixin import adopt
 from nemo_automodel._transformers.plain import plain_loss
 from nemo_automodel._transformers.shared_inputs import share_found_inputs
-from nemo_automodel._transformers.stack import ATTENTION, CHECKPOINTING, FP8, KERNEL, LOSS, PACKING, SHARED, Stack
+from nemo_automodel._transformers.stack import (
+    ATTENTION,
+    CHECKPOINTING,
+    EXPERTS,
+    FP8,
+    KERNEL,
+    LOSS,
+    PACKING,
+    SHARED,
+    Stack,
+)
+from nemo_automodel.components._peft.experts import factor_names, factor_shapes, is_transposed_experts
 from nemo_automodel.components._peft.linear import lora_layers
 from nemo_automodel.components._peft.match import is_transposed_linear
 from nemo_automodel.components._peft.shared import unshare_inputs
@@ -110,6 +121,7 @@ class Trial:
         self.generator = torch.Generator().manual_seed(seed)
         self.pluggable = compat.attention_is_pluggable(model)
         self.own_attention = "eager" if self.pluggable else compat.attention_name(model)
+        self.grouped = EXPERTS in stack.optimisations
         self._start()
         try:
             self.expected = self._reference()
@@ -170,6 +182,8 @@ class Trial:
         model, adapters = self.model, self.stack.adapters
         if self.pluggable:
             model.set_attn_implementation(self.own_attention)
+        if self.grouped:
+            model.set_experts_implementation("eager")
         model.train()
         kept = compat.kept_dtype(model, self.dtype)
         self.dtypes = {name: kept(name) or self.dtype for name, p in model.named_parameters() if p.is_floating_point()}
@@ -180,6 +194,17 @@ class Trial:
         self.values: dict[str, Tensor] = {}
         for name, module in [] if adapters is None else adapters.targets(model):
             self.values |= self._adapter_values(name, module)
+        for name in [] if adapters is None else adapters.experts(model):
+            self.values |= self._expert_values(name)
+
+    def _expert_values(self, name: str) -> dict[str, Tensor]:
+        adapters = self.stack.adapters
+        assert adapters is not None
+        a_shape, b_shape = factor_shapes(self.model, name, adapters.dim)
+        a = torch.randn(a_shape, generator=self.generator) * a_shape[-1] ** -0.5
+        b = torch.randn(b_shape, generator=self.generator) * (0.3 / (adapters.scale * adapters.dim**0.5))
+        values = dict(zip(factor_names(name), (a, b), strict=True))
+        return {key: value.to(self.device, adapters.dtype) for key, value in values.items()}
 
     def _adapter_values(self, name: str, module: Any) -> dict[str, Tensor]:
         adapters, weight = self.stack.adapters, module.weight.detach()
@@ -227,6 +252,10 @@ class Trial:
             if adapters.dora:  # the norm is a constant of the method
                 merged = merged * (leaves[f"{name}.lora_magnitude_vector"] / merged.detach().norm(dim=1))[:, None]
             yield f"{name}.weight", merged.t() if transposed else merged
+        for name, weight in adapters.experts(self.model).items():
+            a, b = (leaves[factor] for factor in factor_names(name))
+            product = adapters.scale * b @ a
+            yield name, weight + (product.mT if is_transposed_experts(self.model, name) else product)
 
     # --- ours ---------------------------------------------------------------------------------------------------
 
@@ -239,6 +268,7 @@ class Trial:
         self._cast_buffers()
         if adapters is not None:
             adapters.put_on(model, kernel=False)
+            experts.multiply_factors(model)
             for name, value in self.values.items():
                 model.get_parameter(name).data.copy_(value)
         self.blocks = find_blocks(model)
@@ -261,6 +291,8 @@ class Trial:
         model = self.model
         if self.pluggable:
             model.set_attn_implementation(function.NAME if ATTENTION in on else self.own_attention)
+        if self.grouped:
+            model.set_experts_implementation(experts.NAME if EXPERTS in on else "eager")
         for _, layer in lora_layers(model):
             layer.lora_use_triton = KERNEL in on
         unshare_inputs(model)

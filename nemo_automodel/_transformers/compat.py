@@ -23,6 +23,7 @@ from transformers import (
     modeling_utils,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.integrations import moe
 from transformers.models.auto import modeling_auto
 from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME, cached_file
 
@@ -357,6 +358,53 @@ def _reverted(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, T
     if not model._weight_conversions:
         return tensors
     return core_model_loading.revert_weight_conversion(model, tensors)
+
+
+# --- mixtures of experts ------------------------------------------------------------------------------------------
+
+_EXPERTS_FEATURES = {"is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm"}
+
+
+def pluggable_experts(model: nn.Module) -> list[nn.Module]:
+    """The modules of stacked experts in ``model`` that take their function from transformers' registry."""
+    marks = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
+    return [module for module in model.modules() if all(hasattr(module, mark) for mark in marks)]
+
+
+def unknown_experts_feature() -> str | None:
+    """Why a function of ours may not replace transformers' experts functions: what their modules say that we do not know."""
+    known = {"experts_class", "experts_interface", *_EXPERTS_FEATURES}
+    unknown = sorted(set(inspect.signature(moe.use_experts_implementation).parameters) - known)
+    return f"this transformers' experts have {', '.join(unknown)}, which ours does not know" if unknown else None
+
+
+def experts_name(module: nn.Module) -> str:
+    """The experts implementation in use by a model or a module of experts, as transformers names it."""
+    config = getattr(module, "config", None)
+    return str(getattr(config, "_experts_implementation", None))
+
+
+def register_experts(name: str, function: Callable[..., Tensor]) -> None:
+    """Make an experts function known to transformers (any number of times)."""
+    moe.ALL_EXPERTS_FUNCTIONS.register(name, function)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor:
+    """Rows of ``x`` [S, in] times the weight of their group, ``weight`` [E, out, in] or, ``transposed``, [E, in, out].
+
+    Group e ends before row ``ends[e]``. One grouped product where torch has one for the dtype and device, else a loop.
+    """
+    return moe._grouped_linear(x, weight, ends, is_transposed=transposed)
+
+
+def why_no_grouped_product(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why ``grouped_linear`` is a loop over the groups for weights of ``dtype`` on ``device``; None where it is one product."""
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    if dtype != torch.bfloat16:
+        return f"weights are {str(dtype).removeprefix('torch.')}, not bfloat16"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"the device's compute capability is {major}.{minor}, below 8.0"
 
 
 def own_ep_plan(model: nn.Module) -> dict[str, str]:

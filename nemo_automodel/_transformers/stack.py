@@ -12,14 +12,15 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from nemo_automodel._transformers import compat
+from nemo_automodel._transformers import compat, experts
 from nemo_automodel._transformers.blocks import find_blocks
 from nemo_automodel._transformers.forward import give_up_fusing, keeps_logits
 from nemo_automodel._transformers.packing import PASSES_DOCUMENTS
 from nemo_automodel._transformers.shared_inputs import SHARED_INPUTS
 from nemo_automodel._transformers.window_trial import PASSES_WINDOW
+from nemo_automodel.components._peft.experts import adapt_experts, lora_experts
 from nemo_automodel.components._peft.linear import LoRALinear, adapt, clean_name, lora_layers, stored
-from nemo_automodel.components._peft.match import is_transposed_linear
+from nemo_automodel.components._peft.match import is_transposed_linear, stacked_weights
 from nemo_automodel.components._peft.shared import unshare_inputs
 from nemo_automodel.components.attention import function
 from nemo_automodel.components.distributed.activation_checkpointing import keep_activations
@@ -28,6 +29,7 @@ from nemo_automodel.components.quantization.fp8 import Fp8Config, Fp8DynamicLine
 from nemo_automodel.kernels.lora import runs_on
 
 ATTENTION = "attention"
+EXPERTS = "experts"
 PACKING = "packing"
 LOSS = "fused loss"
 LORA = "LoRA"
@@ -38,7 +40,7 @@ FP8 = "FP8"
 
 NEEDS = {PACKING: {ATTENTION}, KERNEL: {LORA}, SHARED: {LORA, KERNEL}, FP8: {LORA}}
 """What an optimisation is tried together with: it does nothing, or nothing right, alone."""
-SWITCHES = (ATTENTION, LOSS, KERNEL, SHARED, CHECKPOINTING)
+SWITCHES = (ATTENTION, EXPERTS, LOSS, KERNEL, SHARED, CHECKPOINTING)
 """Those that a model can go on without, once it is built."""
 
 
@@ -47,6 +49,7 @@ class Adapters:
     """The LoRA layers of a model, described so that they can be put on a copy with fewer layers."""
 
     names: frozenset[str]  # of the adapted layers, numbers as *
+    stacked: frozenset[str]  # of the adapted expert weights
     dim: int
     scale: float
     dora: bool
@@ -55,25 +58,34 @@ class Adapters:
     @classmethod
     def of(cls, model: nn.Module) -> Adapters | None:
         """Those of ``model``, None where it has none."""
-        layers = list(lora_layers(model))
-        if not layers:
-            return None
-        first = layers[0][1]
-        factor = stored(first.lora_A, "weight")
-        dora = first._parameters["lora_magnitude_vector"] is not None
+        layers, weights = list(lora_layers(model)), list(lora_experts(model))
+        stacked = frozenset(_generic(weight.full_name) for weight in weights)
         names = frozenset(_generic(name) for name, _ in layers)
-        return cls(names, factor.shape[0], first.lora_scale, dora, factor.dtype)
+        if layers:
+            first = layers[0][1]
+            factor = stored(first.lora_A, "weight")
+            dora = first._parameters["lora_magnitude_vector"] is not None
+            return cls(names, stacked, factor.shape[0], first.lora_scale, dora, factor.dtype)
+        if weights:
+            factor = weights[0].factors[0]
+            return cls(names, stacked, factor.shape[1], weights[0].module.lora_scale, False, factor.dtype)
+        return None
 
     def targets(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """The linear layers of ``model``, without adapters yet, that get one."""
         named = [(name, module) for name, module in model.named_modules() if _generic(name) in self.names]
         return [(name, m) for name, m in named if isinstance(m, nn.Linear) or is_transposed_linear(m)]
 
+    def experts(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The stacked expert weights of ``model``, without adapters yet, that get one."""
+        return {n: weight for n, weight in stacked_weights(model).items() if _generic(n) in self.stacked}
+
     def put_on(self, model: nn.Module, kernel: bool) -> None:
         """Freeze ``model`` and adapt it; the adapters' values are not set."""
         model.requires_grad_(False)
         for _, module in self.targets(model):
             adapt(module, self.dim, self.scale, 0.0, "pre", self.dora, "gaussian", self.dtype, kernel)
+        adapt_experts(model, list(self.experts(model)), self.dim, self.scale, "gaussian", self.dtype)
 
 
 @dataclass(frozen=True)
@@ -107,6 +119,7 @@ def stack_of(model: nn.Module, loss_fn: Any, *, packed: bool, checkpointing: str
     fp8 = _fp8_of(model)
     used = {
         ATTENTION: compat.attention_name(model) == function.NAME,
+        EXPERTS: any(map(experts.runs_ours, compat.pluggable_experts(model))),
         PACKING: packed,
         LOSS: isinstance(loss_fn, FusedLinearCrossEntropy) and not keeps_logits(model),
         LORA: adapters is not None,
@@ -129,6 +142,9 @@ def switch_off(model: Any, name: str, attention: str) -> str:
     if name == ATTENTION:
         model.set_attn_implementation(attention)
         return f"transformers' own attention ({attention})"
+    if name == EXPERTS:
+        model.set_experts_implementation("grouped_mm")
+        return "transformers' own experts (grouped_mm)"
     if name == LOSS:
         give_up_fusing(model)
         return "a loss over whole logits"

@@ -50,6 +50,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # model type, config
     "GPT-2": ("gpt2", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
 }
 FLOAT64 = ("Llama", "Qwen3", "GPT-2")  # the others compute parts in fp32 in transformers itself
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]  # adapted beside the linear layers, where there are any
 TARGETS = {"GPT-2": ["c_attn", "c_proj", "c_fc"]}
 LORA = {"dim": 4, "alpha": 8}
 
@@ -70,9 +71,14 @@ class Cell:
         return " ".join((*parts, self.dtype))
 
     @property
+    def parameters(self) -> list[str] | None:
+        """``peft.target_parameters``: tensor parallelism does not cut adapters of experts."""
+        return EXPERTS if self.peft and self.model == "MoE" and "TP" not in self.layout else None
+
+    @property
     def oracle(self) -> str:
         """The name of what it is compared with: the layout does not matter to that."""
-        return self.name.split(" ", 1)[1].replace(" ", "_")
+        return self.name.split(" ", 1)[1].replace(" ", "_") + "_experts" * bool(self.parameters)
 
 
 # --- what the recipe is given in place of its own -----------------------------------------------------------------
@@ -180,6 +186,7 @@ def overrides(cell: Cell, out: Path) -> list[str]:
         args += [f"--peft.{key}={value}" for key, value in LORA.items()]
         targets = TARGETS.get(cell.model)
         args += [f"--peft.target_modules={json.dumps(targets)}"] if targets else ["--peft.match_all_linear=true"]
+        args += [f"--peft.target_parameters={json.dumps(cell.parameters)}"] if cell.parameters else []
     if cell.dtype == "float64":
         args += ["--loss_fn._target_=tests.ranks.parity.ExactCrossEntropy"]
     return args
@@ -217,7 +224,9 @@ def plain_steps(cell: Cell, root: Path, dtype: torch.dtype) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(workspace.model_dir, dtype=dtype, attn_implementation=attention)
     if cell.peft:
         targets = TARGETS.get(cell.model)
-        config = PeftConfig(target_modules=targets, match_all_linear=not targets, lora_dtype=dtype, **LORA)
+        config = PeftConfig(
+            target_modules=targets, target_parameters=cell.parameters, match_all_linear=not targets, lora_dtype=dtype, **LORA
+        )  # fmt: skip
         config.apply(model)
         fill_adapters(model, dtype)
     params = [p for p in model.parameters() if p.requires_grad]

@@ -13,7 +13,7 @@ from benchmarks.contenders import contenders, curve_of
 from benchmarks.workloads import WORKLOADS, batches, model_flops, tiny
 
 
-@pytest.mark.parametrize("workload", ["A", "B", "B'", "D"])
+@pytest.mark.parametrize("workload", ["A", "B", "B'", "D", "E+"])
 def test_ours_equals_transformers_and_the_table_says_so(workload, tmp_path, capfd):
     names = [curve_of("ours"), "ours"]
     arguments = ["--cpu", "--workloads", workload, "--warmup", "1", "--steps", "2", "--out", str(tmp_path)]

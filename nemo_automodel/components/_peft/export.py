@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from nemo_automodel.components._peft.experts import lora_experts, merge_of, merged_experts, to_file
 from nemo_automodel.components._peft.linear import (
     LoRALinear,
     clean_name,
@@ -24,7 +25,7 @@ _ADAPTER_PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every adapter parameter of ``model`` (the live ones, sharded or not) under its key in an adapter file."""
+    """Every linear layer's adapter parameter (the live ones, sharded or not) under its key in an adapter file."""
     tensors: dict[str, torch.Tensor] = {}
     for name, layer in lora_layers(model):
         for part in _ADAPTER_PARTS:
@@ -42,7 +43,12 @@ def is_adapter_tensor(name: str) -> bool:
 
 def gathered_adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """``adapter_tensors``, whole on every rank and detached. A collective where the model is sharded."""
-    return {key: full_tensor(tensor.detach()).contiguous() for key, tensor in adapter_tensors(model).items()}
+    tensors = {key: full_tensor(tensor.detach()).contiguous() for key, tensor in adapter_tensors(model).items()}
+    for weight in lora_experts(model):
+        factors = to_file(*(full_tensor(factor.detach()) for factor in weight.factors))
+        for part, factor in zip(("lora_A.weight", "lora_B.weight"), factors, strict=True):
+            tensors[f"{PREFIX}{weight.file_name}.{part}"] = factor.contiguous()
+    return tensors
 
 
 def merged_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -53,19 +59,24 @@ def merged_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     _require_whole_weights(model)
     merged = {f"{name}.weight": layer for name, layer in lora_layers(model)}
+    experts = {weight.full_name: weight for weight in lora_experts(model)}
     tensors: dict[str, torch.Tensor] = {}
     for raw_key, tensor in model.state_dict().items():
         key = clean_name(raw_key)
         if is_adapter_tensor(key):
             continue
-        tensors[key] = merged[key].merged_weight() if key in merged else tensor
+        if key in experts:
+            tensors[key] = merged_experts(tensor, experts[key])
+        else:
+            tensors[key] = merged[key].merged_weight() if key in merged else tensor
     return tensors
 
 
 def weight_merges(model: nn.Module) -> dict[str, tuple[dict[str, torch.Tensor], Callable[..., torch.Tensor]]]:
     """For each adapted weight of ``model``: its adapter's tensors, and the function of it and them that is the sum."""
     _require_whole_weights(model)
-    return {f"{name}.weight": _merge_of(layer) for name, layer in lora_layers(model)}
+    merges = {f"{name}.weight": _merge_of(layer) for name, layer in lora_layers(model)}
+    return merges | {weight.full_name: merge_of(weight) for weight in lora_experts(model)}
 
 
 def _require_whole_weights(model: nn.Module) -> None:
@@ -100,7 +111,7 @@ def _merge_of(layer: LoRALinear) -> tuple[dict[str, torch.Tensor], Callable[...,
 
 
 def peft_targets(model: nn.Module) -> tuple[list[str], list[str]]:
-    """(target_modules, target_parameters): the shortest lists from which PEFT adapts exactly the layers adapted here.
+    """(target_modules, target_parameters): the shortest lists from which PEFT adapts exactly what is adapted here.
 
     PEFT takes an entry as a whole name or as its end after a dot. A last part (``q_proj``) is enough where every module
     that ends so is adapted; otherwise the whole names stand. In a model of fused experts PEFT takes ``gate_proj`` and
@@ -120,8 +131,20 @@ def peft_targets(model: nn.Module) -> tuple[list[str], list[str]]:
     modules = (
         name for last, found in adapted.items() if last not in taken for name in (found if last in others else [last])
     )
-    parameters = (f"{name}.weight" for last, found in adapted.items() if last in taken for name in found)
-    return sorted(modules), sorted(parameters)
+    parameters = [f"{name}.weight" for last, found in adapted.items() if last in taken for name in found]
+    return sorted(modules), sorted({*parameters, *_expert_targets(model)})
+
+
+def _expert_targets(model: nn.Module) -> set[str]:
+    """The last two parts of an adapted stacked weight's name where all that end so are adapted, else its whole name."""
+    adapted = {weight.full_name for weight in lora_experts(model)}
+    plain = {clean_name(name) for name, _ in model.named_parameters()} - adapted if adapted else set()
+    others = {_last_two(name) for name in plain}
+    return {name if _last_two(name) in others else _last_two(name) for name in adapted}
+
+
+def _last_two(name: str) -> str:
+    return ".".join(name.split(".")[-2:])
 
 
 def _has_fused_experts(model: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """LoRA: ``PeftConfig`` says which linear layers get a low-rank adapter and of what kind, and puts it on them.
 
-Read with ``linear.py`` (what an adapted layer computes), ``match.py`` (which layers), ``export.py`` (how it is saved) and
-``merge.py`` (how what was saved becomes full weights).
+Read with ``linear.py`` (what an adapted layer computes), ``experts.py`` (what adapted experts do), ``match.py`` (which of
+them), ``export.py`` (how it is saved) and ``merge.py`` (how what was saved becomes full weights).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import torch.distributed
 from torch import nn
 
+from nemo_automodel.components._peft.experts import LoRAExperts, adapt_experts, lora_experts
 from nemo_automodel.components._peft.export import (
     gathered_adapter_tensors,
     merged_tensors,
@@ -22,7 +23,7 @@ from nemo_automodel.components._peft.export import (
     weight_merges,
 )
 from nemo_automodel.components._peft.linear import LoRALinear, adapt, lora_layers
-from nemo_automodel.components._peft.match import select_modules, summarize
+from nemo_automodel.components._peft.match import Selection, select_modules, summarize
 from nemo_automodel.errors import ConfigError, ModelError
 from nemo_automodel.kernels.lora import is_faster_for, runs_on, unsupported_reason
 
@@ -39,6 +40,10 @@ class PeftConfig:
         target_modules: Names or patterns of linear layers, a list or one string: whole names
             (``model.layers.3.mlp.down_proj``), their ends (``q_proj``), or with wildcards (``*.layers.0.*.q_proj``).
             ``all-linear`` is the same as ``match_all_linear``. Each must match something.
+            A name that no linear layer has may be that of stacked expert weights (``gate_up_proj``, ``down_proj``).
+        target_parameters: Stacked expert weights of a mixture of experts, as PEFT names them
+            (``mlp.experts.gate_up_proj``) or in the notation of ``target_modules``; beside ``target_modules`` or
+            ``match_all_linear``, which leaves them out, or alone. They take neither dropout nor DoRA.
         exclude_modules: Layers to leave out, in the same notation.
         match_all_linear: Every linear layer but the output head.
         parts: Of a vision-language model, the parts whose layers are adapted: ``language_model`` (default),
@@ -56,6 +61,7 @@ class PeftConfig:
     """
 
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     match_all_linear: bool = False
     parts: list[str] | str | None = None
@@ -76,7 +82,7 @@ class PeftConfig:
                 "peft: match_all_linear: true and target_modules are both set; "
                 "set match_all_linear: false to adapt only target_modules, or remove target_modules"
             )
-        if not self.match_all_linear and not self.target_modules:
+        if not self.match_all_linear and not self.target_modules and not self.target_parameters:
             raise ConfigError(
                 "peft: no layer is named; set match_all_linear: true, or target_modules: [q_proj, v_proj]"
             )
@@ -106,7 +112,7 @@ class PeftConfig:
     def apply(
         self, model: nn.Module, device: torch.device | None = None, within: Callable[[str], bool] | None = None
     ) -> list[str]:
-        """Freeze ``model`` and adapt its matching linear layers in place; returns their names.
+        """Freeze ``model`` and adapt its matching linear layers and stacked experts in place; returns their names.
 
         With an initialised process group every rank must call it, so that all draw the same initial values. ``device``
         is where the model will run, for one on the meta device; default where it is. ``within`` tells by a module's
@@ -116,21 +122,24 @@ class PeftConfig:
             ModelError: a pattern that matches nothing, a named layer that cannot be adapted, nothing to adapt, or a
                 model that is adapted already.
         """
-        if any(True for _ in lora_layers(model)):
+        if any(True for _ in lora_layers(model)) or any(True for _ in lora_experts(model)):
             raise ModelError("peft: the model carries LoRA adapters already; merge them, or load the base model")
         selection = select_modules(
-            model, _as_list(self.target_modules), _as_list(self.exclude_modules), self.match_all_linear, within
-        )
+            model, _as_list(self.target_modules), _as_list(self.exclude_modules), self.match_all_linear, within,
+            _as_list(self.target_parameters),
+        )  # fmt: skip
+        self._require_plain(selection)
         model.requires_grad_(False)
         use_triton = self._choose_kernel(device or next(model.parameters()).device, selection.targets.values())
         dtype = _parse_dtype(self.lora_dtype)
         for module in selection.targets.values():
             adapt(module, self.dim, self.scale, self.dropout, self.dropout_position, self.use_dora,
                   self.lora_A_init, dtype, use_triton)  # fmt: skip
+        adapt_experts(model, selection.stacked, self.dim, self.scale, self.lora_A_init, dtype)
         if not any(parameter.is_meta for parameter in model.parameters()):
             reset_adapters(model)
         self._report(model, selection.skipped)
-        return list(selection.targets)
+        return [*selection.targets, *selection.stacked]
 
     def adapter_state_dict(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """The adapters under PEFT's key names, whole on every rank (a collective where the model is sharded)."""
@@ -204,10 +213,20 @@ class PeftConfig:
             )
         return reason is None
 
+    def _require_plain(self, selection: Selection) -> None:
+        for key, used in (("dropout", self.dropout > 0), ("use_dora", self.use_dora)):
+            if used and selection.stacked:
+                raise ModelError(
+                    f"peft.{key}: {selection.stacked[0]} is a stacked expert weight, whose adapter knows none; leave "
+                    f"peft.{key} out, or the experts out of peft.target_modules and peft.target_parameters"
+                )
+
     def _report(self, model: nn.Module, skipped: dict[str, str]) -> None:
         total = sum(p.numel() for p in model.parameters())
-        layers = [name for name, _ in lora_layers(model)]
-        logger.info("LoRA: r=%d alpha=%s on %d linear layers", self.dim, self.alpha, len(layers))
+        experts = [weight.full_name for weight in lora_experts(model)]
+        stacked = f" and on stacked experts: {summarize(experts)}" if experts else ""
+        layers = sum(1 for _ in lora_layers(model))
+        logger.info("LoRA: r=%d alpha=%s on %d linear layers%s", self.dim, self.alpha, layers, stacked)
         reasons: dict[str, list[str]] = {}
         for name, reason in skipped.items():
             reasons.setdefault(reason, []).append(name)
@@ -233,6 +252,9 @@ def reset_adapters(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(int(seed))
     for _, layer in lora_layers(model):
         layer.reset_adapter(generator)
+    for module in model.modules():
+        if isinstance(module, LoRAExperts):
+            module.reset_adapter(generator)
 
 
 def _numel(model: nn.Module, name: str) -> int:

@@ -1,11 +1,11 @@
-"""Which modules a LoRA run adapts: names and patterns -> linear layers, with nothing left out in silence."""
+"""What a LoRA run adapts: names and patterns -> linear layers and stacked experts, with nothing left out in silence."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
@@ -21,9 +21,10 @@ _WILDCARDS = set("*?[")
 
 @dataclass
 class Selection:
-    """The linear layers to adapt, by name, and what a user might expect among them but is not, with the reason."""
+    """The linear layers to adapt, by name, the stacked expert weights, and what a user might expect but is not, with the reason."""
 
     targets: dict[str, nn.Module]
+    stacked: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
 
@@ -45,27 +46,36 @@ def select_modules(
     exclude: list[str],
     match_all_linear: bool,
     within: Callable[[str], bool] | None = None,
+    parameters: list[str] | None = None,
 ) -> Selection:
     """Resolve ``patterns`` (or every linear layer but the output head) minus ``exclude`` over ``model``.
+
+    A pattern means linear layers; one that no linear layer matches means stacked expert weights, and so does each of
+    ``parameters``, where ``NAME.weight`` of a linear layer is that layer.
 
     Raises:
         ModelError: a pattern that selects nothing, an explicitly named module that LoRA cannot adapt, or an empty
             result. The message lists the names there are.
     """
     linears, skipped = _linear_modules(model)
+    stacked: dict[str, Any] = dict(stacked_weights(model))
+    named_weights, of_linears = _split_parameters(parameters or [], linears, stacked)
     if within is not None:
-        _require_within(patterns, linears, within)
+        _require_within([*patterns, *named_weights, *of_linears], linears | stacked, within)
         linears = {name: module for name, module in linears.items() if within(name)}
+        stacked = {name: weight for name, weight in stacked.items() if within(name)}
         skipped = {name: reason for name, reason in skipped.items() if within(name)}
-    _require_each_matches(model, exclude, "peft.exclude_modules", linears)
+    known = _Known(model, linears, stacked)
+    known.require_each_matches(exclude, "peft.exclude_modules")
+    known.require_each_matches(patterns, "peft.target_modules")
+    candidates = {n for n in linears if any(name_matches(p, n) for p in of_linears)}
     if match_all_linear:
-        candidates = set(linears) - _output_heads(model, linears)
+        candidates |= set(linears) - _output_heads(model, linears)
     else:
-        _require_each_matches(model, patterns, "peft.target_modules", linears)
         named = {name for name in [*linears, *skipped] if any(name_matches(p, name) for p in patterns)}
         excluded = {name for name in named if any(name_matches(p, name) for p in exclude)}
         _refuse({name: skipped[name] for name in named - excluded if name in skipped})
-        candidates, skipped = named, {}
+        candidates, skipped = candidates | named, {}
 
     for name, reason in _tied_modules(model, linears).items():
         if name not in candidates or any(name_matches(p, name) for p in exclude):
@@ -75,16 +85,56 @@ def select_modules(
         candidates.discard(name)
         skipped[name] = reason
 
-    targets = {n: m for n, m in linears.items() if n in candidates and not any(name_matches(p, n) for p in exclude)}
-    if not targets:
+    chosen, left = _choose_stacked(stacked, linears, patterns, named_weights, match_all_linear)
+    skipped |= left
+    kept = [name for name in [*linears, *stacked, *skipped] if not any(name_matches(p, name) for p in exclude)]
+    targets = {name: linears[name] for name in kept if name in candidates}
+    selection = Selection(targets, [n for n in chosen if n in kept], {n: r for n, r in skipped.items() if n in kept})
+    if not targets and not selection.stacked:
         raise ModelError(
             "peft: no linear layer is left to adapt; name some in peft.target_modules or shorten "
             f"peft.exclude_modules. Linear layers of this model: {_suffixes(linears)}"
         )
-    if match_all_linear:
-        fused = _fused_experts(model)
-        skipped.update({name: reason for name, reason in fused.items() if within is None or within(name)})
-    return Selection(targets, {n: r for n, r in skipped.items() if not any(name_matches(p, n) for p in exclude)})
+    return selection
+
+
+def _split_parameters(
+    parameters: list[str], linears: Mapping[str, Any], stacked: Mapping[str, Any]
+) -> tuple[list[str], list[str]]:
+    """Of ``peft.target_parameters``: those that name stacked weights, and the layers of which others name the weight."""
+    weights, layers = [], []
+    for target in parameters:
+        layer = target.removesuffix(".weight")
+        if any(name_matches(target, name) for name in stacked):
+            weights.append(target)
+        elif layer != target and any(name_matches(layer, name) for name in linears):
+            layers.append(layer)
+        else:
+            raise ModelError(
+                f"peft.target_parameters: {target!r} matches no stacked expert weight{_did_you_mean(target, stacked)} "
+                f"Stacked expert weights of this model: {summarize(stacked) or 'none'}"
+            )
+    return weights, layers
+
+
+def _choose_stacked(
+    stacked: Mapping[str, nn.Parameter],
+    linears: Mapping[str, Any],
+    patterns: list[str],
+    named_weights: list[str],
+    match_all_linear: bool,
+) -> tuple[list[str], dict[str, str]]:
+    """The stacked weights to adapt, and those that a user might expect among them, with the reason."""
+    alone = [p for p in patterns if not any(name_matches(p, name) for name in linears)]
+    chosen = [name for name in stacked if any(name_matches(p, name) for p in [*alone, *named_weights])]
+    left = {}
+    for name, weight in stacked.items():
+        if name not in chosen and (match_all_linear or any(name_matches(p, name) for p in patterns)):
+            left[name] = (
+                f"stacked expert weights ({weight.shape[0]} experts in one tensor); "
+                "name them in peft.target_parameters to adapt them"
+            )
+    return chosen, left
 
 
 def summarize(names: Iterable[str]) -> str:
@@ -184,47 +234,55 @@ def _tied_modules(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, 
     return tied
 
 
-def _fused_experts(model: nn.Module) -> dict[str, str]:
-    """Stacked expert weights ``[experts, in, out]``, which hold most of a mixture of experts and are no modules."""
-    fused: dict[str, str] = {}
+def stacked_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Expert weights ``[E, ...]`` by their full name: most of a mixture of experts, in tensors that are no modules.
+
+    Kernels of convolutions look alike but are none.
+    """
+    found: dict[str, nn.Parameter] = {}
     for module_name, module in model.named_modules():
-        if isinstance(module, nn.modules.conv._ConvNd):
+        if isinstance(module, nn.modules.conv._ConvNd) or not module_name:
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 3 and min(parameter.shape) > 1:
-                fused[f"{module_name}.{name}"] = f"stacked expert weights ({parameter.shape[0]} experts in one tensor)"
-    return fused
+                found[f"{module_name}.{name}"] = parameter
+    return found
 
 
-def _require_each_matches(model: nn.Module, patterns: list[str], key: str, linears: dict[str, nn.Module]) -> None:
-    names = [name for name, _ in model.named_modules()]
-    for pattern in patterns:
-        if any(name_matches(pattern, name) for name in linears):
-            continue
-        fused = [name for name in _fused_experts(model) if name_matches(pattern, name)]
-        if fused:
-            raise ModelError(
-                f"{key}: {pattern!r} names {summarize(fused)}, stacked expert weights that LoRA cannot adapt; "
-                f"name linear layers: {_suffixes(linears)}"
-            )
-        others = [name for name in names if name_matches(pattern, name)]
-        if any(isinstance(m, nn.Linear) or is_transposed_linear(m) for n, m in model.named_modules() if n in others):
-            continue  # linear, but not adaptable: the caller says why
+@dataclass(frozen=True)
+class _Known:
+    """What there is in a model that patterns may name."""
+
+    model: nn.Module
+    linears: dict[str, nn.Module]
+    stacked: dict[str, nn.Parameter]
+
+    def require_each_matches(self, patterns: list[str], key: str) -> None:
+        """Raise ModelError for a pattern that names nothing that can be adapted."""
+        for pattern in patterns:
+            if not any(name_matches(pattern, name) for name in [*self.linears, *self.stacked]):
+                self._refuse(pattern, key)
+
+    def _refuse(self, pattern: str, key: str) -> None:
+        modules = dict(self.model.named_modules())
+        others = [name for name in modules if name_matches(pattern, name)]
+        if any(isinstance(modules[n], nn.Linear) or is_transposed_linear(modules[n]) for n in others):
+            return  # linear, but not adaptable: the caller says why
         if others:
-            kind = type(model.get_submodule(others[0])).__name__
             raise ModelError(
-                f"{key}: {pattern!r} matches {others[0]}, a {kind}, but no linear layer; "
-                f"name linear layers: {_suffixes(linears)}"
+                f"{key}: {pattern!r} matches {others[0]}, a {type(modules[others[0]]).__name__}, but no linear layer; "
+                f"name linear layers: {_suffixes(self.linears)}"
             )
+        experts = f"; stacked expert weights: {_suffixes(self.stacked)}" if self.stacked else ""
         raise ModelError(
-            f"{key}: {pattern!r} matches no module{_did_you_mean(pattern, linears)} "
-            f"Linear layers of this model: {_suffixes(linears)}"
+            f"{key}: {pattern!r} matches no module{_did_you_mean(pattern, [*self.linears, *self.stacked])} "
+            f"Linear layers of this model: {_suffixes(self.linears)}{experts}"
         )
 
 
-def _require_within(patterns: list[str], linears: dict[str, nn.Module], within: Callable[[str], bool]) -> None:
+def _require_within(patterns: list[str], known: Mapping[str, Any], within: Callable[[str], bool]) -> None:
     for pattern in patterns:
-        names = [name for name in linears if name_matches(pattern, name)]
+        names = [name for name in known if name_matches(pattern, name)]
         if names and not any(within(name) for name in names):
             raise ModelError(
                 f"peft.target_modules: {pattern!r} matches {names[0]}, which is in a part that is not adapted; "
@@ -241,11 +299,11 @@ def _refuse(reasons: dict[str, str]) -> None:
         )
 
 
-def _suffixes(linears: dict[str, nn.Module]) -> str:
+def _suffixes(linears: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in linears)) or "none"
 
 
-def _did_you_mean(pattern: str, linears: dict[str, nn.Module]) -> str:
+def _did_you_mean(pattern: str, linears: Iterable[str]) -> str:
     names = list(linears) if "." in pattern else list({name.rsplit(".", 1)[-1] for name in linears})
     close = difflib.get_close_matches(pattern, names, n=1)
     return f"; did you mean {close[0]!r}?" if close else "."

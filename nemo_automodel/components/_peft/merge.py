@@ -12,6 +12,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from nemo_automodel.components._peft.experts import (
+    expert_sum,
+    factor_shapes,
+    from_file,
+    is_transposed_experts,
+    split_adapter,
+)
 from nemo_automodel.components._peft.export import PREFIX
 from nemo_automodel.components._peft.linear import low_rank_sum
 from nemo_automodel.components._peft.match import is_transposed_linear
@@ -37,8 +44,6 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA can be merged")
     used = [key for key in _UNSUPPORTED if config.get(key)]
-    if any(not name.endswith(".weight") for name in config.get("target_parameters") or ()):  # not a linear layer's
-        used.append("target_parameters")
     if used:
         raise CheckpointError(f"{path}: {', '.join(used)} cannot be merged here; merge it with peft")
     return config
@@ -78,13 +83,27 @@ def merge_adapter(model: Any, config: Mapping[str, Any], weights: Mapping[str, t
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in weights.items():
         module, _, part = key.removeprefix(PREFIX).partition(".lora_")
-        module = module.replace(".base_layer", "")  # PEFT's wrapper, where it saves the wrapped weight too
         if part:
             layers.setdefault(module, {})[part.removesuffix(".weight")] = tensor
         else:
             layers.setdefault(module.rpartition(".")[0], {})["full." + module.rpartition(".")[2]] = tensor
-    for name, parts in layers.items():
+    stacked, plain = split_adapter(model, list(config.get("target_parameters") or ()), layers)
+    for name, parts in stacked.items():
+        _merge_experts(model, name, parts, config)
+    for name, parts in plain.items():
         _merge_module(model, name, parts, config)
+
+
+def _merge_experts(model: Any, name: str, parts: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
+    weight, transposed = model.get_parameter(name), is_transposed_experts(model, name)
+    a, b = parts["A"], parts["B"]
+    (experts, rank, n_in), (_, n_out, _) = factor_shapes(model, name, a.shape[0] // weight.shape[0])
+    if a.shape != (experts * rank, n_in) or b.shape != (n_out, experts * rank):
+        raise ModelError(
+            f"the adapter of {name}, A {list(a.shape)} and B {list(b.shape)}, does not fit the base model's "
+            f"{list(weight.shape)}; pass the model it was trained on: --base MODEL"
+        )
+    weight.copy_(expert_sum(weight, *from_file(a, b, experts), _scale(name, rank, config), transposed))
 
 
 def _merge_module(model: Any, name: str, parts: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
@@ -109,6 +128,10 @@ def _merge_module(model: Any, name: str, parts: Mapping[str, torch.Tensor], conf
 
 def _add(name: str, module: Any, parts: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
     embedding = "embedding_A" in parts
+    if getattr(module, "weight", None) is None:
+        raise ModelError(
+            f"the adapter changes a weight of {name} that is neither a layer's nor experts'; merge it with peft"
+        )
     if embedding and "magnitude_vector" in parts:
         raise ModelError(f"the adapter of {name} is DoRA on an embedding; merge it with peft")
     a, b = (parts["embedding_A"], parts["embedding_B"]) if embedding else (parts["A"], parts["B"])

@@ -28,8 +28,8 @@ def expert_parallelize(model: nn.Module, experts: Mapping[str, Sequence[str]], e
 
     Args:
         model: Whole (or meta), the same on every rank; LoRA applied.
-        experts: Full name of each module of stacked experts -> its parameters ``[E, ...]`` that are to be shared out.
-            Its forward takes tokens [T, H], the experts of each [T, K] and their weights [T, K].
+        experts: Full name of each module of stacked experts -> its parameters ``[E, ...]`` that are to be shared out,
+            its own and, by their path, those of modules within (adapters). Its forward takes tokens [T, H], the experts of each [T, K] and their weights [T, K].
         ep_mesh: The ranks of an expert group.
 
     Raises:
@@ -53,7 +53,7 @@ def expert_parallelize(model: nn.Module, experts: Mapping[str, Sequence[str]], e
             )
         held = count // ranks.size
         for key in parameters:
-            module._parameters[key] = _shared_out(module.get_parameter(key), held, ep_mesh, ranks)
+            _share_out(module, key, held, ep_mesh, ranks)
         storage = {key: Storage(0 if key in parameters else None) for key, _ in module.named_parameters(recurse=False)}
         become(module, ParallelExperts, ranks, storage, ep_held=held, ep_names=tuple(p.name for p in takes))
         if hasattr(module, "num_experts"):
@@ -61,10 +61,14 @@ def expert_parallelize(model: nn.Module, experts: Mapping[str, Sequence[str]], e
     return model
 
 
-def _shared_out(parameter: nn.Parameter, held: int, ep_mesh: DeviceMesh, ranks: Ranks) -> nn.Parameter:
+def _share_out(module: nn.Module, key: str, held: int, ep_mesh: DeviceMesh, ranks: Ranks) -> None:
+    path, _, last = key.rpartition(".")
+    owner, parameter = module.get_submodule(path), module.get_parameter(key)
     local = parameter.detach().narrow(0, held * ranks.rank, held).clone(memory_format=torch.contiguous_format)
     sharded = DTensor.from_local(local, ep_mesh, [Shard(0)], run_check=False)
-    return nn.Parameter(sharded, requires_grad=parameter.requires_grad)
+    owner._parameters[last] = nn.Parameter(sharded, requires_grad=parameter.requires_grad)
+    if path:
+        become(owner, Sharded, ranks, {last: Storage(0)})
 
 
 class ParallelExperts(Sharded):

@@ -20,12 +20,14 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from nemo_automodel import NeMoAutoModelForCausalLM
+from nemo_automodel._transformers import experts
 from nemo_automodel._transformers.certificate import REAL, TWIN, Certificate
 from nemo_automodel._transformers.certificate_verdict import Verdict
 from nemo_automodel._transformers.forward import forward_loss
 from nemo_automodel._transformers.tiny_twin import one_block_each, tiny_twin
 from nemo_automodel._transformers.twin_start import start_config
 from nemo_automodel.components._peft import linear, shared
+from nemo_automodel.components._peft.experts import LoRAExperts
 from nemo_automodel.components._peft.linear import lora_layers
 from nemo_automodel.components._peft.lora import PeftConfig
 from nemo_automodel.components.attention import function
@@ -47,6 +49,7 @@ WIDE = {
 ARCHITECTURES = (
     "llama", "qwen3", "gemma2", "gemma3_text", "qwen3_moe", "gpt_oss", "gpt2", "falcon_h1", "mamba", "deepseek_v3", "deepseek_v32", "inkling_text",
 )  # fmt: skip
+EXPERT_LORA = PeftConfig(match_all_linear=True, target_parameters=["experts.gate_up_proj", "experts.down_proj"], dim=4)
 right_attention = function.attention
 right_packed = function.packed_attention
 right_ce = linear_ce.linear_cross_entropy
@@ -115,6 +118,45 @@ def test_dora_and_an_adapted_head_are_compared_with_merged_weights(options: dict
     assert verdict.worst[TWIN] < 1e-5
     assert "LoRA" in verdict.agree
     assert ("fused loss" in verdict.agree) == ("use_dora" in options), "an adapted head is not fused"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_of_experts_are_compared_with_merged_weights(dtype: str, tmp_path: Path) -> None:
+    verdict = prove(build("qwen3_moe", dtype=dtype, moe_intermediate_size=24, peft=EXPERT_LORA), tmp_path, "strict")
+    assert set(verdict.agree) >= {"experts", "LoRA"}
+    assert verdict.worst[TWIN] < 1e-5
+
+
+def test_a_wrong_experts_function_is_switched_off(tmp_path: Path, monkeypatch: Any) -> None:
+    model = build("qwen3_moe", moe_intermediate_size=24)
+    right, wanted = experts._project, plain_loss_of(model)
+
+    def too_large(module: Any, name: str, x: Tensor, *args: Any) -> Tensor:
+        return right(module, name, x * (1.1 if name == "down_proj" else 1.0), *args)
+
+    monkeypatch.setattr(experts, "_project", too_large)
+    verdict = prove(model, tmp_path)
+    assert set(verdict.off) == {"experts"}
+    assert loss_of(model) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_wrong_adapter_of_experts_ends_the_run(tmp_path: Path, monkeypatch: Any) -> None:
+    model = build("qwen3_moe", moe_intermediate_size=24, peft=EXPERT_LORA)
+    right = LoRAExperts.lora_adapter
+
+    def of_another(self: LoRAExperts, name: str) -> Any:
+        adapter = copy.copy(right(self, name))
+        adapter._modules = adapter._modules | {"lora_B": Rolled(adapter.lora_B)}
+        return adapter
+
+    class Rolled(torch.nn.Module):
+        def __init__(self, factor: Any) -> None:
+            super().__init__()
+            self.weight = factor.weight.roll(1, 0)
+
+    monkeypatch.setattr(LoRAExperts, "lora_adapter", of_another)
+    with pytest.raises(ModelError, match="LoRA"):
+        prove(model, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -199,8 +199,7 @@ def test_class_13_fused_experts_are_reported_and_attention_is_adapted(caplog):
     warnings = [r.getMessage() for r in caplog.records if "NOT adapted" in r.getMessage()]
     assert len(warnings) == 1
     assert "model.layers.*.mlp.experts.gate_up_proj (x2), model.layers.*.mlp.experts.down_proj (x2)" in warnings[0]
-    with pytest.raises(ModelError, match="stacked expert weights that LoRA cannot adapt"):
-        PeftConfig(target_modules=["down_proj"]).apply(build("qwen3_moe"))
+    assert "peft.target_parameters" in warnings[0]
     caplog.clear()
     PeftConfig(target_modules=ATTENTION).apply(build("qwen3_moe"))
     assert "NOT adapted" not in caplog.text, "experts that nobody asked for need no warning"
