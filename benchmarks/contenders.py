@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ def transformers(
     fp32_trained: bool = False,
     unpacked: bool = False,
     weights: str = "whole",
+    checkpointed: bool = False,
 ) -> Contender:
     """transformers (+ PEFT where the workload has adapters), with Liger's kernels or compiled layers or both.
 
@@ -58,8 +59,8 @@ def transformers(
         model: Any = workload.plain_model()
     torch.set_default_dtype(torch.float32)
     layers = workload.layers(model)
-    if dtype == torch.float32:
-        model.gradient_checkpointing_enable()
+    if dtype == torch.float32 or checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if weights != "whole":
         for name, module in [
             (n, m) for n, m in layers.named_modules(prefix="model.layers") if isinstance(m, nn.Linear)
@@ -74,8 +75,6 @@ def transformers(
         config = LoraConfig(
             r=workload.lora_rank, lora_alpha=2 * workload.lora_rank, lora_dropout=0.0, target_modules=TARGETS
         )
-        if dtype == torch.float32:
-            model.enable_input_require_grads()
         model = get_peft_model(model, config, autocast_adapter_dtype=fp32_trained)
     workload.fill(model, but=in_layers)
     model.train()
@@ -156,14 +155,14 @@ def ours(workload: Workload, device: torch.device, **model_options: Any) -> Cont
     return Contender(model, forward_backward, lambda: clipper(params), make_optimizer(model, device))
 
 
-def ours_small_state(workload: Workload, device: torch.device, state_dtype: str) -> Contender:
+def ours_small_state(workload: Workload, device: torch.device, state_dtype: str, **options: Any) -> Contender:
     """Ours with weights in bf16 and the optimizer's moments in ``state_dtype``, rounded at random."""
     from nemo_automodel.components.training.adamw import AdamW
 
     def optimizer(model: nn.Module, _: torch.device) -> torch.optim.Optimizer:
         return AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, state_dtype=state_dtype)  # type: ignore[arg-type]
 
-    return ours(workload, device, master_dtype="bfloat16", optimizer=optimizer)
+    return ours(workload, device, master_dtype="bfloat16", optimizer=optimizer, **options)
 
 
 def ours_deterministic(workload: Workload, device: torch.device) -> Contender:
@@ -269,6 +268,20 @@ FOUR_BITS: dict[str, Builder] = {
 }
 """In ``qlora.py`` only: their weights are others than the reference's."""
 
+LIGER = "transformers + Liger"
+AUTO = "ours, activation_checkpointing: auto"
+GROWTH: dict[str, Builder] = {
+    AUTO: lambda w, d: ours(
+        w, d, activation_checkpointing="auto", **({} if w.lora_rank else {"master_dtype": "bfloat16"})
+    ),
+    "ours, checkpointed": lambda w, d: ours(w, d, activation_checkpointing="full"),
+    f"{LIGER}, checkpointed": lambda w, d: transformers(w, d, liger=True, checkpointed=True),
+    "ours, full SFT, small state": lambda w, d: ours_small_state(
+        replace(w, lora_rank=None), d, "bfloat16" if d.type == "cpu" else "int8", activation_checkpointing="full"
+    ),
+}
+"""In ``growth.py``: what recomputes activations where they do not fit."""
+
 
 def curve_of(name: str) -> str:
     """The plain transformers contender whose loss curve ``name`` must follow: equal in what is kept in which dtype.
@@ -300,4 +313,4 @@ def build(name: str, workload: Workload, device: torch.device) -> Contender:
     """The contender (or the reference) called ``name``."""
     if name == REFERENCE:
         return transformers(workload, device, dtype=torch.float32)
-    return (contenders(workload.name, cpu=False) | FOUR_BITS)[name](workload, device)
+    return (contenders(workload.name, cpu=False) | FOUR_BITS | GROWTH)[name](workload, device)
