@@ -297,12 +297,15 @@ def curve_of(name: str) -> str:
 
 
 NEEDS_GPU = ("Liger", "compiled")
+TRL = "TRL SFTTrainer"
 
 
 def contenders(workload: str, cpu: bool) -> dict[str, Builder]:
     """Those that can take part in ``workload``, by name."""
     peers = {name: build for name, build in PEERS.items() if workload != "D" or "Liger" not in name}
     found = peers | ONLY_IN[workload]  # Liger's patch is for llamas
+    if workload in ("A", "B") and importlib.util.find_spec("trl") is not None:
+        found[TRL] = transformers  # with a loop of its own: trl_peer.py
     missing = NEEDS_GPU if cpu else ()
     if importlib.util.find_spec("bitsandbytes") is None:
         missing = (*missing, "int8")
