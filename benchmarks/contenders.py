@@ -137,7 +137,7 @@ def ours(workload: Workload, device: torch.device, **model_options: Any) -> Cont
     dist = FSDP2Manager(env=DistEnv(device=device.type), activation_checkpointing=checkpointing)
     auto_class, options = workload.our_model()
     model = auto_class.from_config(
-        workload.config(None), peft=peft, distributed=dist, compile=CompileConfig(), **(options | model_options)
+        workload.config(None), peft=peft, distributed=dist, **({"compile": CompileConfig()} | options | model_options)
     )
     workload.fill(model)
     model.train()
@@ -153,6 +153,13 @@ def ours(workload: Workload, device: torch.device, **model_options: Any) -> Cont
         return loss.detach()
 
     return Contender(model, forward_backward, lambda: clipper(params), make_optimizer(model, device))
+
+
+def ours_static(workload: Workload, device: torch.device, **options: Any) -> Contender:
+    """Ours with blocks compiled for these sizes alone, as one graph each."""
+    from nemo_automodel.components.training.compile import CompileConfig
+
+    return ours(workload, device, compile=CompileConfig(fullgraph=True, dynamic=False), **options)
 
 
 def ours_small_state(workload: Workload, device: torch.device, state_dtype: str, **options: Any) -> Contender:
@@ -237,6 +244,7 @@ ONLY_IN: dict[str, dict[str, Builder]] = {
     "A": {
         FP32_MASTERS: transformers_with_masters,
         "ours": ours,
+        "ours, tuned": lambda w, d: ours_static(w, d, peft={"lora_dtype": "bfloat16"}),
         "ours, use_triton: false": lambda w, d: ours(w, d, peft={"use_triton": False}),
         "ours, fp8": ours_fp8,
     },
@@ -283,6 +291,15 @@ GROWTH: dict[str, Builder] = {
 """In ``growth.py``: what recomputes activations where they do not fit."""
 
 
+TUNED: dict[str, tuple[str, str]] = {
+    "A": ("ours, tuned", "peft.lora_dtype: bfloat16, compile: {fullgraph: true, dynamic: false}"),
+    "B": ("ours, bf16 with random rounding", "model.master_dtype: bfloat16, optimizer: our AdamW, moments in bfloat16"),
+    "B'": (PURE_BF16, "model.master_dtype: bfloat16"),
+    "D": (PURE_BF16, "model.master_dtype: bfloat16"),
+}
+"""The contender with the options that make a workload fastest, and those options; all else is as in ``ours``."""
+
+
 def curve_of(name: str) -> str:
     """The plain transformers contender whose loss curve ``name`` must follow: equal in what is kept in which dtype.
 
@@ -291,7 +308,7 @@ def curve_of(name: str) -> str:
     """
     if name.endswith("trained weights in fp32"):
         return FP32_TRAINED
-    if name == FP32_MASTERS or (name.startswith("ours") and name != PURE_BF16):
+    if name == FP32_MASTERS or (name.startswith("ours") and name not in (PURE_BF16, "ours, tuned")):
         return FP32_MASTERS
     return "transformers"
 
