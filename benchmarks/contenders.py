@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,9 +63,8 @@ def transformers(
     layers = workload.layers(model)
     if experts is not None:
         model.set_experts_implementation(experts)
-    checkpointed = checkpointed or dtype == torch.float32
-    if checkpointed:
-        model.gradient_checkpointing_enable()
+    if dtype == torch.float32 or checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if weights != "whole":
         for name, module in [
             (n, m) for n, m in layers.named_modules(prefix="model.layers") if isinstance(m, nn.Linear)
@@ -81,8 +80,6 @@ def transformers(
             r=workload.lora_rank, lora_alpha=2 * workload.lora_rank, lora_dropout=0.0,
             target_modules=list(workload.targets), target_parameters=list(workload.expert_targets) or None,
         )  # fmt: skip
-        if checkpointed:
-            model.enable_input_require_grads()
         model = get_peft_model(model, config, autocast_adapter_dtype=fp32_trained)
     workload.fill(model, but=in_layers)
     model.train()
@@ -146,7 +143,7 @@ def ours(workload: Workload, device: torch.device, **model_options: Any) -> Cont
     dist = FSDP2Manager(env=DistEnv(device=device.type), activation_checkpointing=checkpointing)
     auto_class, options = workload.our_model()
     model = auto_class.from_config(
-        workload.config(None), peft=peft, distributed=dist, compile=CompileConfig(), **(options | model_options)
+        workload.config(None), peft=peft, distributed=dist, **({"compile": CompileConfig()} | options | model_options)
     )
     workload.fill(model)
     model.train()
@@ -164,14 +161,21 @@ def ours(workload: Workload, device: torch.device, **model_options: Any) -> Cont
     return Contender(model, forward_backward, lambda: clipper(params), make_optimizer(model, device))
 
 
-def ours_small_state(workload: Workload, device: torch.device, state_dtype: str) -> Contender:
+def ours_static(workload: Workload, device: torch.device, **options: Any) -> Contender:
+    """Ours with blocks compiled for these sizes alone, as one graph each."""
+    from nemo_automodel.components.training.compile import CompileConfig
+
+    return ours(workload, device, compile=CompileConfig(fullgraph=True, dynamic=False), **options)
+
+
+def ours_small_state(workload: Workload, device: torch.device, state_dtype: str, **options: Any) -> Contender:
     """Ours with weights in bf16 and the optimizer's moments in ``state_dtype``, rounded at random."""
     from nemo_automodel.components.training.adamw import AdamW
 
     def optimizer(model: nn.Module, _: torch.device) -> torch.optim.Optimizer:
         return AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, state_dtype=state_dtype)  # type: ignore[arg-type]
 
-    return ours(workload, device, master_dtype="bfloat16", optimizer=optimizer)
+    return ours(workload, device, master_dtype="bfloat16", optimizer=optimizer, **options)
 
 
 def ours_dense_mask(workload: Workload, device: torch.device) -> Contender:
@@ -265,6 +269,7 @@ ONLY_IN: dict[str, dict[str, Builder]] = {
     "A": {
         FP32_MASTERS: transformers_with_masters,
         "ours": ours,
+        "ours, tuned": lambda w, d: ours_static(w, d, peft={"lora_dtype": "bfloat16"}),
         "ours, use_triton: false": lambda w, d: ours(w, d, peft={"use_triton": False}),
         "ours, fp8": ours_fp8,
     },
@@ -311,6 +316,29 @@ FOUR_BITS: dict[str, Builder] = {
 }
 """In ``qlora.py`` only: their weights are others than the reference's."""
 
+LIGER = "transformers + Liger"
+AUTO = "ours, activation_checkpointing: auto"
+GROWTH: dict[str, Builder] = {
+    AUTO: lambda w, d: ours(
+        w, d, activation_checkpointing="auto", **({} if w.lora_rank else {"master_dtype": "bfloat16"})
+    ),
+    "ours, checkpointed": lambda w, d: ours(w, d, activation_checkpointing="full"),
+    f"{LIGER}, checkpointed": lambda w, d: transformers(w, d, liger=True, checkpointed=True),
+    "ours, full SFT, small state": lambda w, d: ours_small_state(
+        replace(w, lora_rank=None), d, "bfloat16" if d.type == "cpu" else "int8", activation_checkpointing="full"
+    ),
+}
+"""In ``growth.py``: what recomputes activations where they do not fit."""
+
+
+TUNED: dict[str, tuple[str, str]] = {
+    "A": ("ours, tuned", "peft.lora_dtype: bfloat16, compile: {fullgraph: true, dynamic: false}"),
+    "B": ("ours, bf16 with random rounding", "model.master_dtype: bfloat16, optimizer: our AdamW, moments in bfloat16"),
+    "B'": (PURE_BF16, "model.master_dtype: bfloat16"),
+    "D": (PURE_BF16, "model.master_dtype: bfloat16"),
+}
+"""The contender with the options that make a workload fastest, and those options; all else is as in ``ours``."""
+
 
 def curve_of(name: str) -> str:
     """The plain transformers contender whose loss curve ``name`` must follow: equal in what is kept in which dtype.
@@ -320,12 +348,14 @@ def curve_of(name: str) -> str:
     """
     if name.endswith("trained weights in fp32"):
         return FP32_TRAINED
-    if name == FP32_MASTERS or (name.startswith("ours") and not name.startswith(PURE_BF16)):
+    pure = name.startswith(PURE_BF16) or name == "ours, tuned"
+    if name == FP32_MASTERS or (name.startswith("ours") and not pure):
         return FP32_MASTERS
     return "transformers"
 
 
 NEEDS_GPU = ("Liger", "compiled")
+TRL = "TRL SFTTrainer"
 
 
 def contenders(workload: str, cpu: bool) -> dict[str, Builder]:
@@ -333,6 +363,8 @@ def contenders(workload: str, cpu: bool) -> dict[str, Builder]:
     llama = workload not in ("D", "E", "E+")  # Liger's patch is for llamas
     peers = {name: build for name, build in PEERS.items() if llama or "Liger" not in name}
     found = ({} if workload == "E+" else peers) | ONLY_IN[workload]
+    if workload in ("A", "B") and importlib.util.find_spec("trl") is not None:
+        found[TRL] = transformers  # with a loop of its own: trl_peer.py
     missing = NEEDS_GPU if cpu else ()
     if importlib.util.find_spec("bitsandbytes") is None:
         missing = (*missing, "int8")
@@ -343,4 +375,4 @@ def build(name: str, workload: Workload, device: torch.device) -> Contender:
     """The contender (or the reference) called ``name``."""
     if name == REFERENCE:
         return transformers(workload, device, dtype=torch.float32)
-    return (contenders(workload.name, cpu=False) | FOUR_BITS)[name](workload, device)
+    return (contenders(workload.name, cpu=False) | FOUR_BITS | GROWTH)[name](workload, device)

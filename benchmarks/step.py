@@ -26,8 +26,9 @@ from typing import Any
 
 import torch
 
+from benchmarks import trl_peer
 from benchmarks.common import covered, write
-from benchmarks.contenders import REFERENCE, Contender, build, contenders, curve_of
+from benchmarks.contenders import REFERENCE, TRL, Contender, build, contenders, curve_of
 from benchmarks.moe import E_EXPERTS, E
 from benchmarks.vision import D
 from benchmarks.workloads import WORKLOADS as TEXT_WORKLOADS
@@ -52,6 +53,10 @@ def measure(name: str, workload: Workload, device: torch.device, warmup: int, st
     """Build ``name``, take ``warmup + steps`` optimizer steps, and say what was seen."""
     started = float(os.environ.get("BENCHMARK_STARTED", time.time()))
     _reset_peak(device)
+    if name == TRL:
+        found = trl_peer.measure(workload, device, warmup, steps, started)
+        times = found.pop("times")
+        return found | (_speed(workload, times) if times else {})
     contender = build(name, workload, device)
     built_peak = _peak_gib(device)
     data = workload.batches()

@@ -1,13 +1,20 @@
-"""torch.compile, one decoder block at a time."""
+"""torch.compile, one decoder block at a time, and where what it made is kept."""
 
 from __future__ import annotations
 
+import logging
+import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from torch import nn
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -20,12 +27,15 @@ class CompileConfig:
         mode: torch.compile's ``mode``; None is its default.
         fullgraph: raise where a block cannot be captured as one graph, instead of splitting it.
         dynamic: torch.compile's ``dynamic``; None lets sizes become dynamic once they change.
+        cache_dir: Where compiled code is kept for the next start. Default ``$TORCHINDUCTOR_CACHE_DIR``, or where that is
+            not set ``$HF_HOME/nemo_automodel/compiled``: torch's own default is below /tmp, which a container loses.
     """
 
     enabled: bool | None = None
     mode: str | None = None
     fullgraph: bool = False
     dynamic: bool | None = None
+    cache_dir: str | None = None
 
     def wanted(self, device: torch.device) -> bool:
         """Whether blocks on ``device`` are compiled."""
@@ -37,12 +47,42 @@ class CompileConfig:
         """``forward`` compiled as blocks on ``device`` are; as it is where they are not."""
         if not self.wanted(device):
             return forward
+        keep_compiled_code(self.cache_dir)
         return torch.compile(forward, mode=self.mode, fullgraph=self.fullgraph, dynamic=self.dynamic)
 
     def apply(self, blocks: Sequence[nn.Module], device: torch.device) -> bool:
         """Compile each of ``blocks`` in place (parameter names stay); return whether it was done."""
         if not self.wanted(device):
             return False
+        keep_compiled_code(self.cache_dir)
         for block in blocks:
             block.compile(mode=self.mode, fullgraph=self.fullgraph, dynamic=self.dynamic)
         return True
+
+
+def keep_compiled_code(directory: str | None = None) -> None:
+    """Tell torch's compiler and Triton to keep what they compile in ``directory``, for this process and its children.
+
+    Args:
+        directory: Default as for ``CompileConfig.cache_dir``. One that cannot be written to is left alone, and said.
+    """
+    chosen = directory or _from_environment("TORCHINDUCTOR_CACHE_DIR")
+    path = Path(chosen).expanduser() if chosen else Path(constants.HF_HOME) / "nemo_automodel" / "compiled"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        logger.warning("compiled code cannot be kept in %s; set compile.cache_dir to a directory that can be written", path)  # fmt: skip
+        return
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(path)
+    if _from_environment("TRITON_CACHE_DIR") is None:  # a directory a device, as torch does it, but for our kernels too
+        os.environ["TRITON_CACHE_DIR"] = str(path / "triton" / os.environ.get("LOCAL_RANK", "0"))
+
+
+def _from_environment(name: str) -> str | None:
+    """What the user set ``name`` to; torch sets it to its own default, once its compiler is imported."""
+    value = os.environ.get(name)
+    torchs_own = Path(tempfile.gettempdir()) / "torchinductor_"
+    return None if value is None or value.startswith(str(torchs_own)) else value

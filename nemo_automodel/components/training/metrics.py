@@ -31,7 +31,8 @@ class Loggers:
 
     ``metrics.jsonl`` has one JSON object per logged optimizer step: ``step`` (from 1), ``epoch`` (from 0), ``loss``
     (mean per label token), ``loss_hex`` (the same float64, exactly), ``grad_norm`` (before clipping), ``lr``,
-    ``num_tokens`` and ``num_label_tokens`` (over all ranks; with images ``num_images`` too), ``tokens_per_s`` (likewise), ``step_time_s``, ``mem_gib``
+    ``num_tokens`` and ``num_label_tokens`` (over all ranks; with images ``num_images`` too), ``tokens_per_s`` (likewise), ``step_time_s``,
+    ``data_wait_s`` (the part of it in which the loop waited for data; of a mean step where not every one is logged), ``mem_gib``
     (peak: of the GPU, or of the process on a CPU) and ``time`` (Unix seconds). Each validation is a line of
     ``validation.jsonl``: ``step``, ``epoch``, ``val_loss``, ``time``. A resumed run first drops what an aborted one
     wrote after the restored step; a fresh run in the same place moves older files aside.
@@ -95,6 +96,7 @@ class Loggers:
                 self._display.print(line)
         self._start_time = self._clock = time.monotonic()
         self._clock_step = first_step
+        self._waited = self._data_wait_s()
 
     def train_step(
         self,
@@ -123,7 +125,9 @@ class Loggers:
         now = time.monotonic()
         steps = max(1, self.schedule.step - self._clock_step)  # more than one where not every step is logged
         step_time = (now - self._clock) / steps
-        self._clock, self._clock_step = now, self.schedule.step
+        waited = self._data_wait_s()
+        data_wait = (waited - self._waited) / steps
+        self._clock, self._clock_step, self._waited = now, self.schedule.step, waited
         metrics = {
             "step": self.schedule.step,
             "epoch": self.schedule.epoch,
@@ -136,6 +140,7 @@ class Loggers:
             **({} if num_images is None else {"num_images": int(num_images)}),
             "tokens_per_s": round(num_tokens / step_time, 1) if step_time else 0.0,
             "step_time_s": round(step_time, 6),
+            "data_wait_s": round(data_wait, 6),
             "mem_gib": round(peak_memory_gib(self.env.device), 3),
             "time": round(time.time(), 3),
         }
@@ -174,6 +179,9 @@ class Loggers:
         for extra in list(self._trackers):
             self._guard(extra, lambda tracker: tracker.close())
         self._trackers.clear()
+
+    def _data_wait_s(self) -> float:
+        return getattr(self.schedule, "data_wait_s", 0.0)  # a scheduler of one's own may not count it
 
     def _write(self, name: str, metrics: Mapping[str, Any]) -> None:
         self._files[name].write(json.dumps(metrics) + "\n")

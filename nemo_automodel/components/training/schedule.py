@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from nemo_automodel.errors import ConfigError, DataError
@@ -29,6 +30,7 @@ class StepScheduler:
         step: Optimizer steps done, the running one included.
         epoch: The running epoch, from 0.
         total_steps: Planned optimizer steps; known after ``plan``.
+        data_wait_s: Seconds so far that ``iterate`` waited for micro-batches.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class StepScheduler:
         self.step = 0
         self.epoch = 0
         self.total_steps = 0
+        self.data_wait_s = 0.0
         self._epoch_starts = [0]
 
     def plan(self, loader: Loader) -> None:
@@ -89,11 +92,21 @@ class StepScheduler:
             if self.step >= self.total_steps:
                 return
             self.epoch = epoch
-            for batches in loader.steps(epoch, first_step=self.step - self._epoch_starts[epoch]):
+            for batches in self._timed(loader.steps(epoch, first_step=self.step - self._epoch_starts[epoch])):
                 self.step += 1
                 yield batches
                 if self.step >= self.total_steps:
                     return
+
+    def _timed(self, epoch: Iterable[list[Batch]]) -> Iterator[list[Batch]]:
+        steps = iter(epoch)
+        while True:
+            asked = time.monotonic()
+            batches = next(steps, None)
+            self.data_wait_s += time.monotonic() - asked
+            if batches is None:
+                return
+            yield batches
 
     @property
     def is_last_step(self) -> bool:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -45,3 +49,56 @@ def test_blocks_share_one_compilation_and_compute_the_same():
     torch.testing.assert_close(blocks(x), expected)
     assert list(blocks.state_dict()) == names
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+_START = """
+import os
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from nemo_automodel.components.training.compile import CompileConfig
+
+class Block(nn.Linear):
+    def forward(self, x):
+        return torch.nn.functional.silu(super().forward(x))
+
+block = Block(8, 8)
+assert CompileConfig(enabled=True).apply([block], torch.device("cpu"))
+block(torch.ones(2, 8)).sum().backward()
+print(os.environ["TORCHINDUCTOR_CACHE_DIR"], os.environ["TRITON_CACHE_DIR"])
+print(counters["aot_autograd"]["autograd_cache_hit"], counters["aot_autograd"]["autograd_cache_miss"])
+"""
+
+
+def _start(**environment):
+    ours = ("TORCHINDUCTOR", "TRITON_CACHE", "LOCAL_RANK")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    run = subprocess.run([sys.executable, "-c", _START], env=clean | environment, capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    directories, hits = run.stdout.splitlines()[-2:]
+    return directories.split(), hits.split()
+
+
+def test_a_second_start_finds_what_the_first_compiled(tmp_path):
+    """torch's own default is below /tmp, which a container loses: ours is beside the models."""
+    expected = [str(tmp_path / "nemo_automodel/compiled"), str(tmp_path / "nemo_automodel/compiled/triton/0")]
+    assert _start(HF_HOME=str(tmp_path)) == (expected, ["0", "1"])
+    assert _start(HF_HOME=str(tmp_path)) == (expected, ["1", "0"])
+
+
+def test_compiled_code_goes_where_the_user_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", "elsewhere")
+    assert CompileConfig(enabled=True).apply([], torch.device("cpu"))
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mine")
+    assert os.environ["TRITON_CACHE_DIR"] == "elsewhere"
+    assert CompileConfig(enabled=True, cache_dir=str(tmp_path / "chosen")).apply([], torch.device("cpu"))
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "chosen")
+
+
+def test_a_directory_that_cannot_be_written_is_said(tmp_path, monkeypatch, caplog):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    (tmp_path / "file").touch()
+    assert CompileConfig(enabled=True, cache_dir=str(tmp_path / "file" / "below")).apply([], torch.device("cpu"))
+    assert "set compile.cache_dir" in caplog.text
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ

@@ -124,6 +124,25 @@ def test_validation_and_saving_count_for_no_step(env, tmp_path):
     assert max(line["step_time_s"] for line in lines(tmp_path / "metrics.jsonl")) < 0.2
 
 
+def test_waiting_for_data_is_told_apart_from_the_step(env, tmp_path):
+    class SlowLoader(TwoRowLoader):
+        def steps(self, epoch, first_step=0):
+            for batches in super().steps(epoch, first_step):
+                time.sleep(0.05)
+                yield batches
+
+    loader, schedule = SlowLoader(), StepScheduler()
+    schedule.plan(loader)
+    log = Loggers(env, schedule=schedule, output_dir=str(tmp_path), progress=False)
+    log.start(nn.Linear(2, 3), nn.CrossEntropyLoss())
+    for batches in schedule.iterate(loader):
+        time.sleep(0.1)
+        log.train_step(1.0, 1.0, 1.0, count_tokens(batches), 3)
+    for line in lines(tmp_path / "metrics.jsonl"):
+        assert 0.05 <= line["data_wait_s"] < 0.09
+        assert line["step_time_s"] >= line["data_wait_s"] + 0.1
+
+
 def test_start_says_what_runs(env, tmp_path, capsys):
     (tmp_path / "epoch_0_step_4").mkdir()
     run(env, tmp_path)
