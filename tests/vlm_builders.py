@@ -102,7 +102,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "names": _SMOL,
         "extra": tuple(f"<row_{row}_col_{column}>" for row in range(1, 3) for column in range(1, 3)),
         "image": "<image>",
-        "processor": ("SmolVLMProcessor", {"image_seq_len": 4}),
+        "processor": ("SmolVLMProcessor", {"image_seq_len": 16}),  # transformers 5.20 takes multiples of a patch's size
+        "vision": {"patch_size": 16},
         "image_processor": (
             "SmolVLMImageProcessorPil",
             {"size": {"longest_edge": 256}, "max_image_size": {"longest_edge": 128}},
@@ -185,6 +186,8 @@ def tiny_vlm_config(family: str, tokenizer: PreTrainedTokenizerFast, **over: Any
         setattr(config, key, tokenizer.convert_tokens_to_ids(token))
     for key, value in {**made.get("config", {}), **over}.items():
         setattr(config, key, value)
+    for key, value in made.get("vision", {}).items():
+        setattr(config.vision_config, key, value)
     if hasattr(config.vision_config, "out_hidden_size"):
         config.vision_config.out_hidden_size = text.hidden_size
     return type(config).from_dict(config.to_dict())
