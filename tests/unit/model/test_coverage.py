@@ -6,6 +6,7 @@ Unmarked: a sample. All registered architectures: ``-m full``, or ``automodel co
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -48,21 +49,27 @@ def in_its_own_process(kind: str, model_type: str) -> Row:
     return row
 
 
-@pytest.mark.parametrize(("kind", "model_type"), SAMPLE, ids=[f"{k}-{t}" for k, t in SAMPLE])
-def test_an_architecture_trains_and_round_trips(kind: str, model_type: str) -> None:
+@pytest.fixture
+def measured(kind: str, model_type: str, record_property: Any) -> Row:
+    """The row of one architecture, which is also in the report of the run (``--junitxml``)."""
     row = in_its_own_process(kind, model_type)
+    record_property("coverage", json.dumps(asdict(row)))
+    return row
+
+
+@pytest.mark.parametrize(("kind", "model_type"), SAMPLE, ids=[f"{k}-{t}" for k, t in SAMPLE])
+def test_an_architecture_trains_and_round_trips(kind: str, model_type: str, measured: Row) -> None:
     wanted = (*REQUIRED, "fsdp2", "tp2") if model_type in CUT else (*REQUIRED, "fsdp2")
     wanted = (*wanted, "packing") if kind == "vlm" else wanted  # with images
-    assert {column: row.cells[column] for column in wanted} == dict.fromkeys(wanted, YES)
+    assert {column: measured.cells[column] for column in wanted} == dict.fromkeys(wanted, YES)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(("kind", "model_type"), REST, ids=[f"{k}-{t}" for k, t in REST])
-def test_whatever_transformers_trains_trains_here(kind: str, model_type: str) -> None:
-    row = in_its_own_process(kind, model_type)
-    if not row.trains_plainly:
-        pytest.skip(row.cells["twin"])
-    assert not row.wrong
+def test_whatever_transformers_trains_trains_here(measured: Row) -> None:
+    if not measured.trains_plainly:
+        pytest.skip(measured.cells["twin"])
+    assert not measured.wrong
 
 
 def test_a_wrong_loss_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
