@@ -21,7 +21,8 @@ IGNORE_INDEX = -100
 class VisionInputs:
     """What a row gives a model beside its token ids, by the model's own names.
 
-    How each is put together with those of other rows is all that tells them apart.
+    How each is put together with those of other rows is all that tells them apart. Packed: what is of tokens stands
+    where its document stands, images follow each other, and what is one a row is joined along its images.
     """
 
     tokens: dict[str, torch.Tensor]  # [S] or [S, ...]: padded along the sequence, then stacked

@@ -8,7 +8,7 @@ arguments nor the announced layout are for it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,7 +23,7 @@ from nemo_automodel._transformers.window_trial import passes_window
 from nemo_automodel.components.attention.layout import Layout, unannounced
 
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-_OUTSIDE = "_nemo_automodel_outside"
+_OUTSIDE, _COUNTER = "_nemo_automodel_outside", "_nemo_automodel_position_counter"
 
 
 def prepare_packed(model: nn.Module, inputs: dict[str, Any]) -> Layout | None:
@@ -60,7 +60,7 @@ def _document_positions(model: nn.Module, inputs: dict[str, Any]) -> Tensor | No
     among documents, and what is of images goes to the model's function as it is, because it takes them in order.
     """
     ids, bounds = inputs.get("input_ids"), inputs["cu_seq_lens_q"]
-    count = compat.position_counter(model)
+    count = _once(model, _COUNTER, compat.position_counter)
     if ids is None or count is None:
         return None
     lengths = torch.diff(bounds).tolist()
@@ -88,7 +88,7 @@ def _as_rows(row: Tensor, lengths: list[int]) -> Tensor:
 @contextmanager
 def towers_apart(model: nn.Module, packed: bool) -> Iterator[None]:
     """Keep packed documents' boundaries from what runs outside the language model."""
-    outside = _outside(model) if packed else ()
+    outside = _once(model, _OUTSIDE, outside_language_model) if packed else ()
     with ExitStack() as stack:
         for module in outside:
             stack.enter_context(_unaware(module))
@@ -115,11 +115,11 @@ def _unaware(module: nn.Module) -> Iterator[None]:
         after.remove()
 
 
-def _outside(model: nn.Module) -> list[nn.Module]:
-    found: list[nn.Module] | None = model.__dict__.get(_OUTSIDE)
-    if found is None:
-        found = model.__dict__[_OUTSIDE] = outside_language_model(model)
-    return found
+def _once(model: nn.Module, name: str, find: Callable[[nn.Module], Any]) -> Any:
+    """What ``find`` finds in ``model``, which takes too long for every step; kept on the model as ``name``."""
+    if name not in model.__dict__:
+        model.__dict__[name] = find(model)
+    return model.__dict__[name]
 
 
 __all__ = ["BOUNDARIES", "prepare_packed", "towers_apart"]
