@@ -229,7 +229,7 @@ def _last_contiguous(x: Tensor) -> Tensor:
 
 def _laid_out_as(x: Tensor, like: Tensor) -> Tensor:
     """``x`` in the layout of ``torch.empty_like(like)``, which is what a compiled graph was told of."""
-    if x.stride() == torch.empty_like(like, device="meta").stride():
+    if x.stride() == like.stride() or x.stride() == torch.empty_like(like, device="meta").stride():
         return x
     return torch.empty_like(like).copy_(x)
 

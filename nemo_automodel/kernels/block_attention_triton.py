@@ -73,10 +73,10 @@ def _forward(q, k, v, out, lse, blocks, scale, H, groups, S,
 
 
 @triton.jit
-def _backward_q(q, k, v, out, lse, dout, dq, blocks, scale, H, groups, S,
+def _backward_q(q, k, v, out, lse, dout, dq, delta, blocks, scale, H, groups, S,
                 q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, do_b, do_h, do_s, dq_b, dq_h, dq_s,
                 E: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """dq += what comes through the keys ahead."""
+    """dq += what comes through the keys ahead; ``delta`` [B, H, S], rowsum(dO O), of every query that sees any."""
     first = tl.program_id(0) * TILE
     row, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     queries = first + tl.arange(0, TILE)
@@ -92,7 +92,8 @@ def _backward_q(q, k, v, out, lse, dout, dq, blocks, scale, H, groups, S,
     tile_q = _tile(q + row * q_b + head * q_h, queries, q_s, S, E, WIDE)
     tile_do = _tile(dout + row * do_b + head * do_h, queries, do_s, S, E, WIDE)
     tile_o = _tile(out + row * o_b + head * o_h, queries, o_s, S, E, WIDE)
-    delta = tl.sum(tile_do.to(tl.float32) * tile_o.to(tl.float32), 1)
+    minus = tl.sum(tile_do.to(tl.float32) * tile_o.to(tl.float32), 1)
+    tl.store(delta + (row * H + head) * S + queries, minus, mask=queries < S)
     level = tl.load(lse + (row * H + head) * S + queries, mask=queries < S, other=0.0)
     acc = tl.zeros((TILE, WIDE), tl.float32)
     for start in range(first, stop, TILE):
@@ -104,14 +105,14 @@ def _backward_q(q, k, v, out, lse, dout, dq, blocks, scale, H, groups, S,
         weights = tl.exp(tl.where(seen, scores - level[:, None], float("-inf")))
         tile_v = _tile(v, keys, v_s, S, E, WIDE)
         d_weights = tl.dot(tile_do, tl.trans(tile_v), input_precision=PRECISION)
-        d_scores = weights * (d_weights - delta[:, None])
+        d_scores = weights * (d_weights - minus[:, None])
         acc += tl.dot(d_scores.to(tile_k.dtype), tile_k, input_precision=PRECISION)
     _put(dq, queries, dq_s, S, _tile(dq, queries, dq_s, S, E, WIDE).to(tl.float32) + acc * scale, E, WIDE)
 
 
 @triton.jit
-def _backward_kv(q, k, v, out, lse, dout, dk, dv, blocks, scale, H, groups, S,
-                 q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, do_b, do_h, do_s,
+def _backward_kv(q, k, v, lse, dout, dk, dv, delta, blocks, scale, H, groups, S,
+                 q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_h, do_s,
                  dk_b, dk_h, dk_s, dv_b, dv_h, dv_s,
                  E: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """dk, dv += what comes from the queries behind, of every query head of the group."""
@@ -137,14 +138,13 @@ def _backward_kv(q, k, v, out, lse, dout, dk, dv, blocks, scale, H, groups, S,
             seen = (of_query[:, None] == block[None, :]) & (block[None, :] >= 0) & (keys[None, :] > queries[:, None])
             tile_q = _tile(q + row * q_b + head * q_h, queries, q_s, S, E, WIDE)
             tile_do = _tile(dout + row * do_b + head * do_h, queries, do_s, S, E, WIDE)
-            tile_o = _tile(out + row * o_b + head * o_h, queries, o_s, S, E, WIDE)
-            delta = tl.sum(tile_do.to(tl.float32) * tile_o.to(tl.float32), 1)
+            minus = tl.load(delta + (row * H + head) * S + queries, mask=of_query >= 0, other=0.0)
             level = tl.load(lse + (row * H + head) * S + queries, mask=queries < S, other=0.0)
             scores = tl.dot(tile_q, tl.trans(tile_k), input_precision=PRECISION) * scale
             weights = tl.exp(tl.where(seen, scores - level[:, None], float("-inf")))
             acc_v += tl.dot(tl.trans(weights.to(tile_do.dtype)), tile_do, input_precision=PRECISION)
             d_weights = tl.dot(tile_do, tl.trans(tile_v), input_precision=PRECISION)
-            d_scores = weights * (d_weights - delta[:, None])
+            d_scores = tl.where(seen, weights * (d_weights - minus[:, None]), 0.0)  # delta is unset for some others
             acc_k += tl.dot(tl.trans(d_scores.to(tile_q.dtype)), tile_q, input_precision=PRECISION)
     dk += row * dk_b + group * dk_h
     dv += row * dv_b + group * dv_h
@@ -185,16 +185,17 @@ def add_backward(
     batch, heads, length, _ = query.shape
     kv_heads = key.shape[1]
     dq, dk, dv = grads
+    delta = torch.empty_like(lse)
     options = _options(query)
-    tiles = triton.cdiv(length, options["TILE"])
-    shared = _strides(query, key, value, out, dout)
-    _backward_q[(tiles, batch * heads)](
-        query, key, value, out, lse, dout, dq, blocks, scale, heads, heads // kv_heads, length,
-        *shared, *_strides(dq), **options,
+    grid = triton.cdiv(length, options["TILE"])
+    sizes = (scale, heads, heads // kv_heads, length)
+    _backward_q[(grid, batch * heads)](
+        query, key, value, out, lse, dout, dq, delta, blocks, *sizes,
+        *_strides(query, key, value, out, dout, dq), **options,
     )  # fmt: skip
-    _backward_kv[(tiles, batch * kv_heads)](
-        query, key, value, out, lse, dout, dk, dv, blocks, scale, heads, heads // kv_heads, length,
-        *shared, *_strides(dk, dv), **options,
+    _backward_kv[(grid, batch * kv_heads)](
+        query, key, value, lse, dout, dk, dv, delta, blocks, *sizes,
+        *_strides(query, key, value, dout, dk, dv), **options,
     )  # fmt: skip
 
 
@@ -203,8 +204,17 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
 
 
 def _options(query: torch.Tensor) -> dict[str, Any]:
+    """Tiles of 64 tokens use the tensor cores best, and two of them of 256 values and their gradients want 139 KB."""
     size = query.shape[-1]
     wide = max(16, triton.next_power_of_2(size))
-    tile = 64 if wide <= 128 and query.dtype != torch.float32 else 32
+    tile = 64 if query.dtype != torch.float32 and (wide <= 128 or _has_shared_memory(query)) else 32
     precision = "ieee" if query.dtype == torch.float32 else "tf32"
-    return {"E": size, "WIDE": wide, "TILE": tile, "PRECISION": precision, "num_warps": 4, "num_stages": 1}
+    warps = 8 if wide * tile >= 64 * 256 else 4
+    return {"E": size, "WIDE": wide, "TILE": tile, "PRECISION": precision, "num_warps": warps, "num_stages": 1}
+
+
+def _has_shared_memory(x: torch.Tensor) -> bool:
+    if not x.is_cuda:
+        return True
+    properties = torch.cuda.get_device_properties(x.device)
+    return getattr(properties, "shared_memory_per_block_optin", 0) >= 160 * 1024

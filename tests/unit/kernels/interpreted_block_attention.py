@@ -19,7 +19,7 @@ from nemo_automodel.kernels.block_attention import block_attention
 
 LENGTH = 75
 ROWS: dict[str, list[tuple[int, int, int]]] = {  # (block, start, end)
-    "middle": [(0, 3, 40)],
+    "middle": [(0, 3, 33), (1, 40, 65)],  # the last of each alone in a tile of 32 or 64
     "ends": [(0, 0, 20), (1, 21, 22), (5, 50, LENGTH)],
     "none": [],
     "adjacent": [(0, 10, 37), (1, 37, 70)],

@@ -14,6 +14,7 @@ from nemo_automodel import NeMoAutoModelForImageTextToText
 from nemo_automodel._transformers import compat
 from nemo_automodel._transformers.forward import forward_loss
 from nemo_automodel._transformers.inputs import to_device
+from nemo_automodel._transformers.packing import PASSES_DOCUMENTS
 from nemo_automodel._transformers.tiny_twin import tiny_twin
 from nemo_automodel._transformers.twin_batch import image_batch
 from nemo_automodel._transformers.twin_start import start_config
@@ -96,6 +97,41 @@ def test_loss_and_gradients_are_those_of_the_dense_mask(
     ours, plain = pair(model_type, **text)
     compare(ours, plain, padded(plain))
     assert len(calls) == layers
+
+
+@pytest.mark.parametrize("window", [3, 512])
+def test_packed_rows_equal_rows_apart(window: int, calls: list[int | None]) -> None:
+    """Documents and windows reach the op as arguments; an image at a document's start stays apart from the one before."""
+    ours, plain = pair("gemma3", sliding_window=window)
+    batch = image_batch(plain)
+    ours.__dict__[PASSES_DOCUMENTS] = True
+    length = batch["input_ids"].shape[1]
+    kinds = batch["token_type_ids"]
+    images = int(kinds[0].sum())
+    kinds.zero_()
+    kinds[0, length - images :] = kinds[1, :images] = 1
+    image, text = ours.config.image_token_id, batch["input_ids"][0, -1]
+    words = batch["input_ids"].where(batch["input_ids"] != image, text)
+    batch["input_ids"] = words.masked_fill(kinds == 1, image)
+    batch["labels"] = words.masked_fill(kinds == 1, -100)
+    _, shifted_labels = shifted(batch["labels"], None, answers_from=0)
+    bounds = torch.tensor([0, length, 2 * length], dtype=torch.int32)
+    row = {key: batch[key].reshape(1, -1) for key in ("input_ids", "token_type_ids")} | {
+        "pixel_values": batch["pixel_values"],
+        "position_ids": torch.arange(length).repeat(2)[None],
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": length,
+        "max_length_k": length,
+    }
+    prepared = with_labels(row, shifted_labels.reshape(1, -1))
+    ce_sum, _ = forward_loss(ours, prepared, FusedLinearCrossEntropy())
+    (ce_sum / prepared["num_label_tokens"]).backward()
+    plain(**batch).loss.backward()
+    assert set(calls) == {None if window > length else window, None}
+    theirs = gradients(plain)
+    for name, gradient in gradients(ours).items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_a_window_shorter_than_the_image(calls: list[int | None]) -> None:
