@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -155,18 +156,28 @@ def measure(case: Case, repeats: int = 15) -> dict[str, dict[str, float]]:
     return {"forward": forward, "step": step, "parts": parts}
 
 
+def print_table(row: dict[str, Any]) -> None:
+    print(f"{row['group']}: ms forward / step")
+    for name, ms in row["forward"].items():
+        print(f"  {name:36} {ms:.3f} {row['step'][name]:.3f}")
+    print("  parts: " + ", ".join(f"{name} {ms:.3f}" for name, ms in row["parts"].items()))
+    errors = row["relative_error"].items()
+    print("  errors: " + ", ".join(f"{part} {e['together']:.1e} ({e['torch']:.1e})" for part, e in errors), flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for lora_group.json")
     options = parser.parse_args()
-    rows, failures = [], []
+    rows: list[dict[str, Any]] = []
+    failures: list[str] = []
     for name, (k, ns) in GROUPS.items():
         case = Case(k, ns)
         found = errors(case)
         failures += [f"{name} {part}: {e}" for part, e in found.items() if e["together"] > 2 * e["torch"]]
         rows.append({"group": name, "k": k, "n": ns, "rank": RANK, "tokens": TOKENS, "relative_error": found})
         rows[-1] |= measure(case)
-        print(json.dumps(rows[-1], indent=1), flush=True)
+        print_table(rows[-1])
         del case
     machine = {
         "device": torch.cuda.get_device_name(),

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nemo_automodel._transformers.blocks import find_blocks
 from nemo_automodel._transformers.trial import few_tokens
 from nemo_automodel.components._peft.shared import share_inputs
 
@@ -31,14 +32,14 @@ def find_shared_inputs(model: nn.Module) -> None:
     """
     model.__dict__[SHARED_INPUTS] = ()
     try:
-        with _recorded(model) as calls:
+        with _recorded(model) as (calls, given):
             few_tokens(model)
     except Exception as error:  # any model may want more than token ids; layers that work alone are right for it
         logger.info("%s: adapters work layer by layer (a trial failed: %s)", type(model).__name__, error)
         return
     found: dict[type, Groups] = {}
     for owner, inputs in calls:
-        groups = _groups(inputs)
+        groups = _groups([call for call in inputs if id(call[1]) not in given])
         before = found.get(type(owner))
         found[type(owner)] = groups if before is None else tuple(group for group in before if group in groups)
     model.__dict__[SHARED_INPUTS] = tuple(found.items())  # by pairs, which a certificate can write down
@@ -55,9 +56,13 @@ Call = tuple[nn.Module, list[tuple[str, Tensor, int]]]
 
 
 @contextmanager
-def _recorded(model: nn.Module) -> Iterator[list[Call]]:
-    """Every call of a module that has linear layers, with those that it then called, their inputs and these's versions."""
+def _recorded(model: nn.Module) -> Iterator[tuple[list[Call], dict[int, Tensor]]]:
+    """Every call of a module that has linear layers, with those that it then called, their inputs and these's versions.
+
+    Beside it what blocks were given, by identity: where a block is compiled, nothing can be left at a tensor from outside.
+    """
     calls: list[Call] = []
+    given: dict[int, Tensor] = {}
     under_way: dict[int, list[tuple[str, Tensor, int]]] = {}
     handles: list[Any] = []
 
@@ -69,6 +74,10 @@ def _recorded(model: nn.Module) -> Iterator[list[Call]]:
         if len(args) == 1 and isinstance(args[0], Tensor) and id(owner) in under_way:
             under_way[id(owner)].append((name, args[0], args[0]._version))
 
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given.update({id(value): value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)})
+
+    handles += [block.register_forward_pre_hook(enter, with_kwargs=True) for block in find_blocks(model)]
     for owner in model.modules():
         layers = [(name, child) for name, child in owner.named_children() if isinstance(child, nn.Linear)]
         if len(layers) < 2:
@@ -79,7 +88,7 @@ def _recorded(model: nn.Module) -> Iterator[list[Call]]:
                 layer.register_forward_pre_hook(lambda _, args, owner=owner, name=name: note(owner, name, args))
             )
     try:
-        yield calls
+        yield calls, given
     finally:
         for handle in handles:
             handle.remove()

@@ -94,6 +94,7 @@ def groups_of(model: nn.Module) -> set[tuple[str, ...]]:
         ("deepseek_v3", {("q_a_proj", "kv_a_proj_with_mqa"), GATE_UP}),
         ("gemma3n_text", {GATE_UP}),  # some of its layers take k and v from others
         ("gpt_oss", {QKV}),
+        ("olmo2", {GATE_UP}),  # attention takes the block's own input, without a norm
         ("phi3", set()),  # fused
         ("gpt_neox", set()),
         ("gpt2", set()),
