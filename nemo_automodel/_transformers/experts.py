@@ -25,6 +25,7 @@ from nemo_automodel.errors import ModelError
 logger = logging.getLogger(__name__)
 
 NAME = "automodel"
+_PROJECTIONS = {"gate_up_proj", "up_proj", "down_proj"}
 _ALIGNED = 8  # numbers: a grouped product wants rows of whole 16 bytes
 
 
@@ -62,9 +63,10 @@ def choose_experts(
 
 def multiply_factors(model: nn.Module) -> None:
     """Let adapted experts of ``model`` that run this function leave their adapters to it."""
-    modules = compat.pluggable_experts(model)
+    modules = set(compat.pluggable_experts(model))
     for weight in lora_experts(model):
-        weight.module.lora_by_factors = runs_ours if weight.module in modules else None
+        taken = weight.module in modules and _PROJECTIONS.issuperset(weight.module.lora_names)
+        weight.module.lora_by_factors = runs_ours if taken else None
 
 
 def _set(model: PreTrainedModel, name: str, modules: list[nn.Module]) -> None:
