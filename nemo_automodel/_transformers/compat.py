@@ -397,16 +397,6 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) ->
     return moe._grouped_linear(x, weight, ends, is_transposed=transposed)
 
 
-def why_no_grouped_product(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why ``grouped_linear`` is a loop over the groups for weights of ``dtype`` on ``device``; None where it is one product."""
-    if device.type != "cuda":
-        return f"the device is {device.type}"
-    if dtype != torch.bfloat16:
-        return f"weights are {str(dtype).removeprefix('torch.')}, not bfloat16"
-    major, minor = torch.cuda.get_device_capability(device)
-    return None if major >= 8 else f"the device's compute capability is {major}.{minor}, below 8.0"
-
-
 def own_ep_plan(model: nn.Module) -> dict[str, str]:
     """The expert-parallel styles that the model brings: module or parameter name, layers as ``*`` -> style."""
     return dict(getattr(model, "_ep_plan", None) or {})

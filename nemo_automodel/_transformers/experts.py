@@ -25,6 +25,7 @@ from nemo_automodel.errors import ModelError
 logger = logging.getLogger(__name__)
 
 NAME = "automodel"
+_PROJECTIONS = {"gate_up_proj", "up_proj", "down_proj"}
 _ALIGNED = 8  # numbers: a grouped product wants rows of whole 16 bytes
 
 
@@ -55,16 +56,17 @@ def choose_experts(
     else:
         compat.register_experts(NAME, experts_forward)
         _set(model, NAME, modules)
-        slow = compat.why_no_grouped_product(compute_dtype, device)
+        slow = _why_no_grouped_product(compute_dtype, device)
         logger.info("experts: %s%s", _described(model, modules), f" (in a loop: {slow})" if slow else "")
     multiply_factors(model)
 
 
 def multiply_factors(model: nn.Module) -> None:
     """Let adapted experts of ``model`` that run this function leave their adapters to it."""
-    modules = compat.pluggable_experts(model)
+    modules = set(compat.pluggable_experts(model))
     for weight in lora_experts(model):
-        weight.module.lora_by_factors = runs_ours if weight.module in modules else None
+        taken = weight.module in modules and _PROJECTIONS.issuperset(weight.module.lora_names)
+        weight.module.lora_by_factors = runs_ours if taken else None
 
 
 def _set(model: PreTrainedModel, name: str, modules: list[nn.Module]) -> None:
@@ -174,6 +176,16 @@ def _described(model: nn.Module, modules: list[nn.Module]) -> str:
         return f"{', '.join(sorted(others))} in a part of the model that cannot change them{_by_sums(model)}"
     how = ", adapters by their factors" if with_adapters else ""
     return f"grouped products over {weight.shape[0]} experts{how}"
+
+
+def _why_no_grouped_product(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a grouped product is a loop over the groups for weights of ``dtype`` on ``device``; None where it is one product."""
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    if dtype != torch.bfloat16:
+        return f"weights are {str(dtype).removeprefix('torch.')}, not bfloat16"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"the device's compute capability is {major}.{minor}, below 8.0"
 
 
 def _by_sums(model: nn.Module) -> str:

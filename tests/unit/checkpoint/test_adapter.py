@@ -149,6 +149,34 @@ def test_another_rank_is_refused_by_its_shapes(tmp_path):
         Checkpointer(None, str(tmp_path / "ckpt"), restore_from="latest").restore(other)
 
 
+EXPERTS = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+
+
+def test_adapters_of_experts_are_saved_merged_and_resumed(tmp_path):
+    state = lora_run(tmp_path, "qwen3_moe", peft_over=EXPERTS, moe_intermediate_size=24)
+    path = Checkpointer(None, str(tmp_path / "ckpt"), save_merged=True).save(state)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = peft.PeftModel.from_pretrained(base, path / "adapter")
+    live = logits(state.model)
+    torch.testing.assert_close(logits(adapted), live, atol=1e-5, rtol=1e-5)
+    merged = AutoModelForCausalLM.from_pretrained(path / "model")
+    torch.testing.assert_close(logits(merged), live, atol=1e-5, rtol=1e-5)
+    assert load_file(path / "model/model.safetensors").keys() == load_file(tmp_path / "base/model.safetensors").keys()
+    out = merge(path / "adapter", output=tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    for name, tensor in merged.state_dict().items():
+        assert torch.equal(again[name], tensor), name
+
+    config = PeftConfig(match_all_linear=True, dim=4, alpha=16, **EXPERTS)
+    resumed = make_state("qwen3_moe", seed=7, peft=config, moe_intermediate_size=24, **ROPE)
+    assert Checkpointer(None, str(tmp_path / "ckpt"), restore_from="latest").restore(resumed)
+    traces = []
+    for run in (state, resumed):
+        torch.manual_seed(5)
+        traces.append(train(run, 3))
+    assert traces[0] == traces[1]
+
+
 # --- automodel merge ------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +209,15 @@ LORA_KINDS = {
     "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
     "bias": {"target_modules": ["q_proj"], "bias": "none", "lora_bias": False},
 }
+
+
+def test_merge_of_experts_equals_pefts_own(tmp_path):
+    live = peft_adapter(tmp_path, "qwen3_moe", target_modules=["q_proj"], **EXPERTS)
+    expected = logits(live)
+    merged = AutoModelForCausalLM.from_pretrained(merge(tmp_path / "adapter", output=tmp_path / "out"))
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
+    for name, tensor in live.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(merged.state_dict()[name], tensor, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", LORA_KINDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
@@ -11,7 +12,10 @@ from transformers import AutoModelForCausalLM
 from nemo_automodel import NeMoAutoModelForCausalLM
 from nemo_automodel._transformers import compat, experts
 from nemo_automodel._transformers.ep_plan import ep_plan_for
+from nemo_automodel._transformers.tiny_twin import tiny_twin
+from nemo_automodel._transformers.twin_start import start_config
 from nemo_automodel.components._peft.lora import PeftConfig
+from nemo_automodel.components._peft.match import stacked_weights
 from nemo_automodel.errors import ModelError
 from tests.builders import tiny_config
 
@@ -60,6 +64,38 @@ def test_loss_and_every_gradient_equal_transformers_loop(model_type):
     assert found[None].keys() == found["eager"].keys()
     for name, value in found["eager"].items():
         assert (found[None][name] - value).norm() <= 1e-5 * value.norm() + 1e-9, name
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("model_type", compat.registered_types("causal"))
+def test_every_type_of_model_equals_transformers_loop(model_type):
+    """Experts and, where there are any, their adapters: by factors as when they are added to the weights."""
+    try:
+        config = tiny_twin(start_config(model_type, causal=True))
+        plain = AutoModelForCausalLM.from_config(config).float()
+    except Exception as error:
+        pytest.skip(f"no twin: {error}")
+    names = [name for name in stacked_weights(plain) if name.split(".")[-1] in experts._PROJECTIONS]
+    if not compat.pluggable_experts(plain) or not names:
+        pytest.skip("no experts from the registry")
+    ids = torch.randint(3, 30, (2, 13), generator=torch.Generator().manual_seed(2))
+    found = {}
+    for asked in ("eager", None):
+        model = copy.deepcopy(plain)
+        PeftConfig(target_parameters=names, dim=4, alpha=8).apply(model)
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            parameter.requires_grad_()
+        choose(model.eval(), asked)
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        found[asked] = {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    largest = max(value.norm() for value in found["eager"].values())
+    assert found[None].keys() == found["eager"].keys()
+    for name, value in found["eager"].items():
+        assert (found[None][name] - value).norm() <= 1e-4 * max(value.norm(), 1e-3 * largest), name
 
 
 def test_experts_that_get_no_token_and_batches_without_any():

@@ -1,6 +1,6 @@
 """Two gloo ranks, each running this file's ``main`` (``test_lora_sharded.py`` starts them).
 
-Claims, for LoRA and DoRA under ``fully_shard``: ranks that were seeded differently start from the same adapters; the
+Claims, for LoRA, DoRA and LoRA on experts under ``fully_shard``: ranks that were seeded differently start from the same adapters; the
 gathered adapter and the merged weights equal one process's; loss and gradients equal one process's.
 """
 
@@ -15,15 +15,18 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+from nemo_automodel._transformers.experts import choose_experts
 from nemo_automodel.components._peft.lora import PeftConfig
 from tests.builders import tiny_config
 
 
 def build(config: PeftConfig, seed: int):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config("llama"))
+    kind = "qwen3_moe" if config.target_parameters else "llama"
+    model = AutoModelForCausalLM.from_config(tiny_config(kind))
     torch.manual_seed(seed)
     config.apply(model)
+    choose_experts(model, torch.device("cpu"), torch.float32)
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -78,6 +81,7 @@ def main(rank: int, directory: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
     for use_dora in (False, True):
         check(PeftConfig(match_all_linear=True, dim=3, use_dora=use_dora))
+    check(PeftConfig(target_parameters=["experts.gate_up_proj", "experts.down_proj"], dim=3))
     dist.destroy_process_group()
 
 
