@@ -30,6 +30,7 @@ from nemo_automodel.components.attention import function
 from nemo_automodel.components.distributed.activation_checkpointing import checkpoint_activations
 from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
 from nemo_automodel.components.quantization.fp8 import Fp8Config
+from nemo_automodel.errors import ModelError
 
 EXACT = 1e-3
 """Of the norm of a gradient in float32: what sums in another order may differ by."""
@@ -86,7 +87,7 @@ def gaps(found: Outcome, expected: Outcome) -> Gaps:
     return Gaps(loss, dict(zip(names, each, strict=True)), total)
 
 
-class NotTaken(ValueError):
+class NotTaken(ModelError):
     """Transformers' own forward does not take the rows; the message says why."""
 
 

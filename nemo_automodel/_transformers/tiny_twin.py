@@ -117,7 +117,9 @@ def _outputs_side_by_side(part: PretrainedConfig, fields: dict[str, Any], chosen
     """Widths that are the hidden size times the number of listed layers and one more, for as many as are left."""
     key = names.find(part, fields, *names.HIDDEN)
     new: dict[str, Any] = {}
-    for name, value in fields.items() if key else ():
+    if key is None:
+        return new
+    for name, value in fields.items():
         if isinstance(value, (list, tuple)) and value and len(chosen.get(name, value)) < len(value):
             wide, narrow = (fields[key] * (len(listed) + 1) for listed in (value, chosen[name]))
             new |= {k: narrow for k, v in fields.items() if v == wide and names.is_width(k)}
