@@ -59,6 +59,9 @@ def test_a_sound_run_says_so_in_a_line_and_keeps_the_evidence(workspace):
     assert record["agree"] == ["attention", "packing", "fused loss"]
     assert max(record["worst"].values()) < 1e-5
     assert record["seconds"] < 10
+    tried = record["tried"]["real width, float32"]
+    assert tried.startswith("documents of the first micro-batch (")
+    assert tried.endswith("; the model's own weights")
     again = workspace.spawn(CUT, cache, "--packed_sequence.packed_sequence_size=64", "--step_scheduler.local_batch_size=1", out="again")  # fmt: skip
     assert "cached)" in again.stdout + again.stderr
     assert json.loads((workspace.path / "again" / "certificate.json").read_text()) == record
@@ -107,6 +110,7 @@ def test_two_ranks_act_alike_on_what_rank_0_finds(workspace):
     assert losses(workspace, "two") == pytest.approx(losses(workspace, "one"), rel=1e-5)
     record = json.loads((workspace.path / "two" / "certificate.json").read_text())
     assert list(record["off"]) == ["attention"]
+    assert record["tried"]["real width, float32"].endswith("; the model's own weights"), "gathered from both ranks"
 
 
 def test_a_wrong_tensor_parallel_plan_is_never_trained_with(workspace):
@@ -114,5 +118,7 @@ def test_a_wrong_tensor_parallel_plan_is_never_trained_with(workspace):
     args = ["-c", workspace.recipe, CUT, "--distributed.tp_size=2", f"--checkpoint.checkpoint_dir={workspace.path}/tp"]
     result = torchrun(PLANTED, 2, *args, env={"FAULT": "tp"})
     assert "fused loss, TP plan agree" in result.stdout + result.stderr
+    record = json.loads((workspace.path / "tp" / "certificate.json").read_text())
+    assert record["tried"]["real width, float32"].endswith("; the model's own weights"), "whole, not a shard"
     workspace.run(CUT, out="untp")
     assert losses(workspace, "tp") == pytest.approx(losses(workspace, "untp"), rel=1e-5)
