@@ -220,7 +220,6 @@ def main(argv: list[str] | None = None) -> int:
                 row["data and model s"] = None if ready is None else round(ready - imports, 1)
                 row["met"] = _met(row, arguments.cpu)
             print({key: row[key] for key in COLUMNS if row.get(key) is not None}, flush=True)
-            print("\n".join(f"{at:8.2f}  {line}" for at, line in row["lines"][:60]), flush=True)
             rows.append(row)  # written each time, so that a run cut short leaves what it has
             table = write("cold-start-cpu" if arguments.cpu else "cold-start", rows, COLUMNS, arguments.out)
     print(table)
