@@ -91,6 +91,8 @@ def _write_weights(workload: Workload, directory: Path) -> None:
         if sum(tensor.nbytes for tensor in held.values()) > _SHARD:
             flush()
     flush()
+    if device == "cuda":
+        torch.cuda.empty_cache()
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
