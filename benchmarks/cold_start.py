@@ -91,6 +91,8 @@ def _write_weights(workload: Workload, directory: Path) -> None:
         if sum(tensor.nbytes for tensor in held.values()) > _SHARD:
             flush()
     flush()
+    if device == "cuda":
+        torch.cuda.empty_cache()
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
@@ -220,7 +222,6 @@ def main(argv: list[str] | None = None) -> int:
                 row["data and model s"] = None if ready is None else round(ready - imports, 1)
                 row["met"] = _met(row, arguments.cpu)
             print({key: row[key] for key in COLUMNS if row.get(key) is not None}, flush=True)
-            print("\n".join(f"{at:8.2f}  {line}" for at, line in row["lines"][:60]), flush=True)
             rows.append(row)  # written each time, so that a run cut short leaves what it has
             table = write("cold-start-cpu" if arguments.cpu else "cold-start", rows, COLUMNS, arguments.out)
     print(table)

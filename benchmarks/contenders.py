@@ -25,6 +25,7 @@ class Contender:
     forward_backward: Callable[[Batch], torch.Tensor]
     clip: Callable[[], torch.Tensor]
     optimizer: torch.optim.Optimizer
+    gradients: Callable[[], dict[str, torch.Tensor]] | None = None  # by transformers' names, where it has others itself
 
 
 def _optimizer(model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
@@ -376,6 +377,10 @@ def contenders(workload: str, cpu: bool) -> dict[str, Builder]:
     found = ({} if workload == "E+" else peers) | ONLY_IN[workload]
     if workload in ("A", "B") and importlib.util.find_spec("trl") is not None:
         found[TRL] = transformers  # with a loop of its own: trl_peer.py
+    if workload == "B" and importlib.util.find_spec("torchtitan") is not None:
+        from benchmarks.titan_peer import torchtitan
+
+        found["torchtitan"] = torchtitan
     missing = NEEDS_GPU if cpu else ()
     if importlib.util.find_spec("bitsandbytes") is None:
         missing = (*missing, "int8")

@@ -135,6 +135,8 @@ def _trained(contender: Contender) -> list[torch.Tensor]:
 
 
 def _norms(contender: Contender) -> dict[str, float]:
+    if contender.gradients is not None:
+        return {name: grad.float().norm().item() for name, grad in contender.gradients().items()}
     named = contender.model.named_parameters()
     return {canonical(name): p.grad.float().norm().item() for name, p in named if p.grad is not None}
 

@@ -28,7 +28,8 @@ class CompileConfig:
         fullgraph: raise where a block cannot be captured as one graph, instead of splitting it.
         dynamic: torch.compile's ``dynamic``; None lets sizes become dynamic once they change.
         cache_dir: Where compiled code is kept for the next start. Default ``$TORCHINDUCTOR_CACHE_DIR``, or where that is
-            not set ``$HF_HOME/nemo_automodel/compiled``: torch's own default is below /tmp, which a container loses.
+            not set ``$HF_HOME/nemo_automodel/compiled`` (of several hosts, each in a directory of its own there): torch's
+            own default is below /tmp, which a container loses.
     """
 
     enabled: bool | None = None
@@ -67,7 +68,7 @@ def keep_compiled_code(directory: str | None = None) -> None:
         directory: Default as for ``CompileConfig.cache_dir``. One that cannot be written to is left alone, and said.
     """
     chosen = directory or _from_environment("TORCHINDUCTOR_CACHE_DIR")
-    path = Path(chosen).expanduser() if chosen else Path(constants.HF_HOME) / "nemo_automodel" / "compiled"
+    path = Path(chosen).expanduser() if chosen else Path(constants.HF_HOME) / "nemo_automodel" / "compiled" / _host()
     try:
         path.mkdir(parents=True, exist_ok=True)
         writable = os.access(path, os.W_OK)
@@ -79,6 +80,12 @@ def keep_compiled_code(directory: str | None = None) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(path)
     if _from_environment("TRITON_CACHE_DIR") is None:  # a directory a device, as torch does it, but for our kernels too
         os.environ["TRITON_CACHE_DIR"] = str(path / "triton" / os.environ.get("LOCAL_RANK", "0"))
+
+
+def _host() -> str:
+    """A directory for each host of several, which may share a disk: they would lock each other's files."""
+    several = os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_WORLD_SIZE")
+    return f"host_{os.environ['GROUP_RANK']}" if several and "GROUP_RANK" in os.environ else ""
 
 
 def _from_environment(name: str) -> str | None:

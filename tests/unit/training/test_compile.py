@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import constants
 from torch import nn
 
 from nemo_automodel.components.training.compile import CompileConfig
@@ -84,6 +85,19 @@ def test_a_second_start_finds_what_the_first_compiled(tmp_path):
     expected = [str(tmp_path / "nemo_automodel/compiled"), str(tmp_path / "nemo_automodel/compiled/triton/0")]
     assert _start(HF_HOME=str(tmp_path)) == (expected, ["0", "1"])
     assert _start(HF_HOME=str(tmp_path)) == (expected, ["1", "0"])
+
+
+@pytest.mark.parametrize(("world", "expected"), [("16", "compiled/host_1"), ("8", "compiled")])
+def test_hosts_that_share_a_disk_do_not_share_compiled_code(world, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": "8", "GROUP_RANK": "1", "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    assert CompileConfig(enabled=True).apply([], torch.device("cpu"))
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "nemo_automodel" / expected)
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "nemo_automodel" / expected / "triton" / "3")
 
 
 def test_compiled_code_goes_where_the_user_says(tmp_path, monkeypatch):
