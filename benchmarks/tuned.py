@@ -3,7 +3,7 @@
     python -m benchmarks.tuned [--workloads A B B' D] [--warmup 8] [--steps 20] [--cpu] [--out DIR]
 
 A process each, tuned first; that both compute the right thing is ``step.py``'s matter, first losses are compared here.
-Workload C (two GPUs) has no faster option than its default: see ``scale.py``.
+Workloads C (two GPUs, ``scale.py``), E and E+ have no faster option than their default.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import step
 from benchmarks.contenders import contenders, curve_of
+from benchmarks.moe import E
 from benchmarks.workloads import WORKLOADS, batches, model_flops, tiny
 
 
@@ -47,6 +48,8 @@ def test_flops_follow_the_published_formula():
     # 4N + attention of an 8B model: 30.0 + 3.2 GFLOP a token at sequence length 4096 (6N: 45.0).
     assert model_flops(WORKLOADS["A"]) / WORKLOADS["A"].tokens == pytest.approx(33.8e9, rel=0.01)
     assert model_flops(WORKLOADS["B"]) / WORKLOADS["B"].tokens == pytest.approx(8.35e9, rel=0.01)
+    # 3.04e9 of the weights of a 30B mixture of experts meet a token.
+    assert E.flops() / E.tokens == pytest.approx(4 * 3.04e9 + 5.64e9, rel=0.01)
     # Documents of a quarter of the length: a quarter of the attention.
     attention, packed = (model_flops(WORKLOADS[name]) - 6 * 1.2358e9 * 16384 for name in ("B", "B'"))
     assert packed / attention == pytest.approx(0.25, rel=0.02)

@@ -34,6 +34,6 @@ def test_a_default_that_is_too_slow_is_said(share, met, tmp_path, monkeypatch):
 
 
 def test_what_tuned_means_is_said_of_every_workload():
-    assert set(TUNED) == set(WORKLOADS)
+    assert set(TUNED) == set(WORKLOADS) - {"E", "E+"}  # for mixtures of experts no option is faster than none
     for workload, (name, _) in TUNED.items():
         assert name in contenders(workload, cpu=False)
