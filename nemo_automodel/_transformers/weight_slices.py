@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,7 +17,6 @@ from nemo_automodel.errors import ModelError
 
 PIECE_BYTES = 32 << 20
 """How much is read at a time."""
-_PART_BYTES = 8 << 20  # of it by each thread
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -97,24 +95,14 @@ def _read(stored: Stored, first_row: int, rows: int) -> Tensor:
     inner = stored.shape[1:]
     row_bytes = prod(inner) * stored.dtype.itemsize
     buffer = torch.empty(rows * row_bytes, dtype=torch.uint8)
-    view, offset = memoryview(buffer.numpy().data), stored.offset + first_row * row_bytes
-    parts = [(view[at : at + _PART_BYTES], offset + at) for at in range(0, len(view), _PART_BYTES)]
+    view, offset, done = memoryview(buffer.numpy().data), stored.offset + first_row * row_bytes, 0
     descriptor = os.open(stored.path, os.O_RDONLY)
     try:
-        if len(parts) > 1:  # one thread copies out of the page cache at a fraction of what memory gives
-            with ThreadPoolExecutor(len(parts)) as readers:
-                list(readers.map(lambda part: _read_into(stored.path, descriptor, *part), parts))
-        elif parts:
-            _read_into(stored.path, descriptor, *parts[0])
+        while done < len(view):
+            got = os.preadv(descriptor, [view[done:]], offset + done)
+            if not got:
+                raise ModelError(f"{stored.path}: cut off while it was read; download it again")
+            done += got
     finally:
         os.close(descriptor)
     return buffer.view(stored.dtype).reshape(rows, *inner)
-
-
-def _read_into(path: Path, descriptor: int, view: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(view):
-        got = os.preadv(descriptor, [view[done:]], offset + done)
-        if not got:
-            raise ModelError(f"{path}: cut off while it was read; download it again")
-        done += got
