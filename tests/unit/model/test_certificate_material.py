@@ -37,6 +37,7 @@ from nemo_automodel.components.distributed import activation_checkpointing
 from nemo_automodel.components.distributed.activation_checkpointing import checkpoint_activations
 from nemo_automodel.components.loss import linear_ce
 from nemo_automodel.components.loss.linear_ce import FusedLinearCrossEntropy
+from nemo_automodel.components.quantization.nf4 import QuantizationConfig
 from nemo_automodel.errors import ModelError
 from nemo_automodel.types import IGNORE_INDEX
 from tests.builders import tiny_config
@@ -204,6 +205,18 @@ def test_blocks_get_the_values_of_the_first_layer_of_each_kind(model_type: str, 
         if model_type == "gpt_oss":
             experts = ours.mlp.experts.gate_up_proj
             assert torch.equal(experts, theirs.mlp.experts.gate_up_proj[: len(experts)].float())
+
+
+def test_of_a_base_in_four_bits_the_unpacked_values_are_taken(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    peft, bits = PeftConfig(match_all_linear=True, dim=4), QuantizationConfig(min_features=64)
+    model = load(saved(tmp_path / "model"), peft=peft, quantization=bits)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert name not in dict(model.named_parameters())
+    values = weights.gather(model, {name: weights.Wanted(name)}, keep=True)
+    assert torch.equal(values[name], model.get_submodule(name.removesuffix(".weight")).weight)
+    tried = prove(model, tmp_path, "strict", loader=loader_of()).tried[f"{REAL}, float32"]
+    assert tried.endswith("; the model's own weights")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
