@@ -203,7 +203,6 @@ def test_fp8_base_computes_the_same() -> None:
         results.append(train(model, times=1))
     off = [torch.cat([(r[name].float() - exact[name]).flatten() for name in exact]).norm() for r in results]
     apart = torch.cat([(results[1][name].float() - results[0][name].float()).flatten() for name in exact]).norm()
-    print(off, apart, torch.cat([v.flatten() for v in exact.values()]).norm())
     assert off[1] <= 1.02 * off[0]
     assert apart <= 0.5 * off[0]
 
@@ -294,7 +293,7 @@ def test_what_nobody_fetches_is_dropped_by_the_next_forward() -> None:
         refs.append(weakref.ref(x))
         del x
     gc.collect()
-    assert sum(ref() is not None for ref in refs) == 1
+    assert sum(ref() is not None for ref in refs) <= 1
 
 
 def test_a_copied_model_shares_among_its_own_layers() -> None:
