@@ -289,11 +289,11 @@ def test_what_nobody_fetches_is_dropped_by_the_next_forward() -> None:
     model, refs = odd(True), []
     for _ in range(5):
         x = torch.randn(4, 8, requires_grad=True) * 2
-        sum(y.sum() for y in model(x, "ab")).backward()
+        model(x, "ab")  # no backward, which would free what the graph holds
         refs.append(weakref.ref(x))
         del x
     gc.collect()
-    assert sum(ref() is not None for ref in refs) <= 1
+    assert sum(ref() is not None for ref in refs) == 1
 
 
 def test_a_copied_model_shares_among_its_own_layers() -> None:
