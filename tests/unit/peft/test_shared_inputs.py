@@ -203,7 +203,6 @@ def test_fp8_base_computes_the_same() -> None:
         results.append(train(model, times=1))
     off = [torch.cat([(r[name].float() - exact[name]).flatten() for name in exact]).norm() for r in results]
     apart = torch.cat([(results[1][name].float() - results[0][name].float()).flatten() for name in exact]).norm()
-    print(off, apart, torch.cat([v.flatten() for v in exact.values()]).norm())
     assert off[1] <= 1.02 * off[0]
     assert apart <= 0.5 * off[0]
 
@@ -290,7 +289,7 @@ def test_what_nobody_fetches_is_dropped_by_the_next_forward() -> None:
     model, refs = odd(True), []
     for _ in range(5):
         x = torch.randn(4, 8, requires_grad=True) * 2
-        sum(y.sum() for y in model(x, "ab")).backward()
+        model(x, "ab")  # no backward, which would free what the graph holds
         refs.append(weakref.ref(x))
         del x
     gc.collect()
