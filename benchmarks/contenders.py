@@ -213,15 +213,6 @@ def ours_fp8_trained(workload: Workload, device: torch.device, grad_weight: str,
     )
 
 
-def ours_alone(workload: Workload, device: torch.device, fp8: bool = False) -> Contender:
-    """Ours with adapters that share no input: each works by itself."""
-    from nemo_automodel.components._peft.shared import unshare_inputs
-
-    contender = (ours_fp8 if fp8 else ours)(workload, device)
-    unshare_inputs(contender.model)
-    return contender
-
-
 def ours_4bit(workload: Workload, device: torch.device, **options: Any) -> Contender:
     """Ours with the frozen base in four bits, made of the weights that every contender has."""
     from nemo_automodel.components.quantization.nf4 import Nf4Linear, QuantizationConfig
@@ -282,8 +273,6 @@ ONLY_IN: dict[str, dict[str, Builder]] = {
         "ours, tuned": lambda w, d: ours_static(w, d, peft={"lora_dtype": "bfloat16"}),
         "ours, use_triton: false": lambda w, d: ours(w, d, peft={"use_triton": False}),
         "ours, fp8": ours_fp8,
-        "ours, adapters apart": ours_alone,
-        "ours, fp8, adapters apart": lambda w, d: ours_alone(w, d, fp8=True),
     },
     "B": {
         FP32_MASTERS: transformers_with_masters,

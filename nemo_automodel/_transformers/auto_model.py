@@ -1,6 +1,6 @@
 """The autoclasses: a Hugging Face model, loaded, adapted, compiled and sharded, still of its own class.
 
-Order: build -> LoRA -> tensor or expert parallelism -> FP8 or four bits -> share inputs -> checkpoint activations -> compile each block -> shard -> load.
+Order: build -> LoRA -> tensor or expert parallelism -> FP8 or four bits -> checkpoint activations -> compile each block -> shard -> load.
 One function, ``_assemble``, is that order. What is built has no memory yet (the meta device) where the model will be sharded,
 so that no rank ever holds all of it; where it will not be, or cannot be loaded that way, weights come first.
 """
@@ -22,7 +22,6 @@ from nemo_automodel._transformers.experts import choose_experts, require_no_cut
 from nemo_automodel._transformers.mixin import adopt
 from nemo_automodel._transformers.packing_trial import require_packing
 from nemo_automodel._transformers.parts import has_towers, part_finder, report_parts
-from nemo_automodel._transformers.shared_inputs import find_shared_inputs, share_found_inputs
 from nemo_automodel._transformers.tp_plan import tp_plan_for
 from nemo_automodel._transformers.trial import tried_on
 from nemo_automodel._transformers.window_trial import find_window
@@ -219,8 +218,6 @@ def _assemble(
     sizes = getattr(distributed, "sizes", None)  # of our own managers; a user's shards in its own way
     with tried_on(model) as whole:  # what is found out by running it, while nothing is sharded
         find_window(whole)
-        if peft is not None:
-            find_shared_inputs(whole)
         if packed:
             require_packing(whole, images=packed == "images")
         if sizes is not None and sizes.cp > 1:
@@ -247,8 +244,6 @@ def _assemble(
         fp8.apply(model, blocks, compute_dtype, device, peft)
     if quantization is not None and quantization.apply(model, blocks, device) and peft is not None and weights is None:
         reset_adapters(model)  # once more: DoRA starts from the norms of the weights as they are now
-    if peft is not None:
-        share_found_inputs(model)
     _checkpoint_and_compile(model, blocks, device, compute_dtype, distributed, compile)
     if distributed is not None:
         model = distributed.parallelize(model, blocks, compute_dtype)

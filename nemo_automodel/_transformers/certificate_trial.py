@@ -24,22 +24,10 @@ from nemo_automodel._transformers.forward import forget_head, forward_loss
 from nemo_automodel._transformers.inputs import to_device
 from nemo_automodel._transformers.mixin import adopt
 from nemo_automodel._transformers.plain import plain_loss
-from nemo_automodel._transformers.shared_inputs import share_found_inputs
-from nemo_automodel._transformers.stack import (
-    ATTENTION,
-    CHECKPOINTING,
-    EXPERTS,
-    FP8,
-    KERNEL,
-    LOSS,
-    PACKING,
-    SHARED,
-    Stack,
-)
+from nemo_automodel._transformers.stack import ATTENTION, CHECKPOINTING, EXPERTS, FP8, KERNEL, LOSS, PACKING, Stack
 from nemo_automodel.components._peft.experts import factor_names, factor_shapes, is_transposed_experts
 from nemo_automodel.components._peft.linear import lora_layers
 from nemo_automodel.components._peft.match import is_transposed_linear
-from nemo_automodel.components._peft.shared import unshare_inputs
 from nemo_automodel.components.attention import function
 from nemo_automodel.components.distributed.activation_checkpointing import checkpoint_activations
 from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
@@ -297,9 +285,6 @@ class Trial:
             model.set_experts_implementation(experts.NAME if EXPERTS in on else "eager")
         for _, layer in lora_layers(model):
             layer.lora_use_triton = KERNEL in on
-        unshare_inputs(model)
-        if SHARED in on:
-            share_found_inputs(model)
         if CHECKPOINTING in on:
             checkpoint_activations(self.blocks, self.stack.checkpointing)
         try:

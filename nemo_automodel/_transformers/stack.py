@@ -16,12 +16,10 @@ from nemo_automodel._transformers import compat, experts
 from nemo_automodel._transformers.blocks import find_blocks
 from nemo_automodel._transformers.forward import give_up_fusing, keeps_logits
 from nemo_automodel._transformers.packing import PASSES_DOCUMENTS
-from nemo_automodel._transformers.shared_inputs import SHARED_INPUTS
 from nemo_automodel._transformers.window_trial import PASSES_WINDOW
 from nemo_automodel.components._peft.experts import adapt_experts, lora_experts
 from nemo_automodel.components._peft.linear import LoRALinear, adapt, clean_name, lora_layers, stored
 from nemo_automodel.components._peft.match import is_transposed_linear, stacked_weights
-from nemo_automodel.components._peft.shared import unshare_inputs
 from nemo_automodel.components.attention import function
 from nemo_automodel.components.distributed.activation_checkpointing import keep_activations
 from nemo_automodel.components.loss.linear_ce import FusedLinearCrossEntropy
@@ -34,13 +32,12 @@ PACKING = "packing"
 LOSS = "fused loss"
 LORA = "LoRA"
 KERNEL = "LoRA kernel"
-SHARED = "shared LoRA inputs"
 CHECKPOINTING = "activation checkpointing"
 FP8 = "FP8"
 
-NEEDS = {PACKING: {ATTENTION}, KERNEL: {LORA}, SHARED: {LORA, KERNEL}, FP8: {LORA}}
+NEEDS = {PACKING: {ATTENTION}, KERNEL: {LORA}, FP8: {LORA}}
 """What an optimisation is tried together with: it does nothing, or nothing right, alone."""
-SWITCHES = (ATTENTION, EXPERTS, LOSS, KERNEL, SHARED, CHECKPOINTING)
+SWITCHES = (ATTENTION, EXPERTS, LOSS, KERNEL, CHECKPOINTING)
 """Those that a model can go on without, once it is built."""
 
 
@@ -124,12 +121,10 @@ def stack_of(model: nn.Module, loss_fn: Any, *, packed: bool, checkpointing: str
         LOSS: isinstance(loss_fn, FusedLinearCrossEntropy) and not keeps_logits(model),
         LORA: adapters is not None,
         KERNEL: kernel,
-        SHARED: any(layer.lora_group is not None for _, layer in lora_layers(model)),
         CHECKPOINTING: checkpointing != "off",
         FP8: fp8 is not None,
     }
-    kept = (PASSES_WINDOW, PASSES_DOCUMENTS, SHARED_INPUTS)
-    found = {name: model.__dict__[name] for name in kept if name in model.__dict__}
+    found = {name: model.__dict__[name] for name in (PASSES_WINDOW, PASSES_DOCUMENTS) if name in model.__dict__}
     optimisations = tuple(name for name, on in used.items() if on)
     return Stack(optimisations, loss_fn, checkpointing, adapters, fp8, found)
 
@@ -151,9 +146,6 @@ def switch_off(model: Any, name: str, attention: str) -> str:
     if name == CHECKPOINTING:
         keep_activations(find_blocks(model))
         return "every activation kept, in more memory"
-    if name == SHARED:
-        unshare_inputs(model)
-        return "each adapter by itself"
     for _, layer in lora_layers(model):
         layer.lora_use_triton = False
     return "adapters in plain PyTorch"

@@ -53,20 +53,6 @@ def take_small_copy(model: PreTrainedModel) -> PreTrainedModel | None:
     return model.__dict__.pop(_SMALL, None)
 
 
-@torch.no_grad()
-def few_tokens(model: Any, tokens: int = 4) -> None:
-    """Run a row of ``tokens`` tokens through ``model``, as in evaluation."""
-    embedding = model.get_input_embeddings()
-    ids = torch.arange(1, tokens + 1, device=embedding.weight.device)[None] % embedding.weight.shape[0]
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        model(input_ids=ids, use_cache=False)
-    finally:
-        for module, was in training.items():
-            module.training = was
-
-
 def build(cls: Any, config: PretrainedConfig, device: torch.device | None = None) -> PreTrainedModel:
     """A model of ``cls`` with fresh weights in float32, the same every time; random numbers of the run stay theirs."""
     device = device or torch.device("cpu")

@@ -11,17 +11,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from nemo_automodel._transformers import compat
-from nemo_automodel._transformers.trial import few_tokens
 from nemo_automodel.components.attention import function
 
 logger = logging.getLogger(__name__)
 
 PASSES_WINDOW = "_automodel_passes_window"
 """Set on a model that was tried for windows: whether every layer hands its own on."""
+_TOKENS = 4
 
 
 def passes_window(model: nn.Module) -> bool:
@@ -69,6 +70,7 @@ def shrunk_windows(size: int) -> Iterator[None]:
         yield
 
 
+@torch.no_grad()
 def _tried(model: nn.Module) -> list[tuple[int | None, int | None]]:
     """For each attention call: the window of the mask its layer asked for, and the window it was handed."""
     calls: list[tuple[int | None, int | None]] = []
@@ -91,8 +93,16 @@ def _tried(model: nn.Module) -> list[tuple[int | None, int | None]]:
         asked[_identity(made)] = kwargs["local_size"]
         return made
 
-    with _in_place(attention, make_mask):
-        few_tokens(model)
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    ids = torch.arange(1, _TOKENS + 1, device=embedding.weight.device)[None] % embedding.weight.shape[0]
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with _in_place(attention, make_mask):
+            model(input_ids=ids, use_cache=False)
+    finally:
+        for module, was in training.items():
+            module.training = was
     return calls
 
 

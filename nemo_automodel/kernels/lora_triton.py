@@ -39,7 +39,7 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED_BF16: tl.constexpr):
 
 
 @triton.jit
-def _shrink(x_ptr, v_ptr, u_ptr, T, F, rank, scale, stride_x, stride_vf, stride_vr, stride_u,
+def _shrink(x_ptr, v_ptr, u_ptr, T, F, rank, scale, stride_x, stride_vf, stride_vr,
             R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
             PRECISION: tl.constexpr, INTERPRETED_BF16: tl.constexpr):  # fmt: skip
     """u[T, rank] = scale * x[T, F] @ v[F, rank], one program per BLOCK_T rows."""
@@ -54,12 +54,12 @@ def _shrink(x_ptr, v_ptr, u_ptr, T, F, rank, scale, stride_x, stride_vf, stride_
         v = tl.load(v_ptr + cols[:, None] * stride_vf + ranks[None, :] * stride_vr,
                     mask=(cols[:, None] < F) & (ranks[None, :] < rank), other=0.0)  # fmt: skip
         acc = _dot(x, v, acc, PRECISION, INTERPRETED_BF16)
-    tl.store(u_ptr + rows[:, None] * stride_u + ranks[None, :], _round(acc * scale, u_ptr.dtype.element_ty, INTERPRETED_BF16),
+    tl.store(u_ptr + rows[:, None] * rank + ranks[None, :], _round(acc * scale, u_ptr.dtype.element_ty, INTERPRETED_BF16),
              mask=(rows[:, None] < T) & (ranks[None, :] < rank))  # fmt: skip
 
 
 @triton.jit
-def _expand(u_ptr, v_ptr, bias_ptr, y_ptr, T, F, rank, scale, stride_u, stride_y, stride_vf, stride_vr,
+def _expand(u_ptr, v_ptr, bias_ptr, y_ptr, T, F, rank, scale, stride_y, stride_vf, stride_vr,
             HAS_BIAS: tl.constexpr, ADD: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr,
             BLOCK_F: tl.constexpr,
             PRECISION: tl.constexpr, INTERPRETED_BF16: tl.constexpr):  # fmt: skip
@@ -67,7 +67,7 @@ def _expand(u_ptr, v_ptr, bias_ptr, y_ptr, T, F, rank, scale, stride_u, stride_y
     rows = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     ranks = tl.arange(0, R)
-    u = tl.load(u_ptr + rows[:, None] * stride_u + ranks[None, :],
+    u = tl.load(u_ptr + rows[:, None] * rank + ranks[None, :],
                 mask=(rows[:, None] < T) & (ranks[None, :] < rank), other=0.0)  # fmt: skip
     v = tl.load(v_ptr + ranks[:, None] * stride_vr + cols[None, :] * stride_vf,
                 mask=(ranks[:, None] < rank) & (cols[None, :] < F), other=0.0)  # fmt: skip
@@ -82,7 +82,7 @@ def _expand(u_ptr, v_ptr, bias_ptr, y_ptr, T, F, rank, scale, stride_u, stride_y
 
 
 @triton.jit
-def _gradient(u_ptr, z_ptr, g_ptr, T, F, rank, scale, rows_per_split, stride_u, stride_z, stride_gs, stride_gf, stride_gr,
+def _gradient(u_ptr, z_ptr, g_ptr, T, F, rank, scale, rows_per_split, stride_z, stride_gs, stride_gf, stride_gr,
               R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
             PRECISION: tl.constexpr, INTERPRETED_BF16: tl.constexpr):  # fmt: skip
     """g[split, rank, F] = scale * u[rows of split, rank]^T @ z[rows of split, F], in fp32."""
@@ -94,7 +94,7 @@ def _gradient(u_ptr, z_ptr, g_ptr, T, F, rank, scale, rows_per_split, stride_u, 
     acc = tl.zeros((R, BLOCK_F), tl.float32)
     for start in range(0, rows_per_split, BLOCK_T):
         rows = first + start + tl.arange(0, BLOCK_T)
-        u = tl.load(u_ptr + rows[None, :] * stride_u + ranks[:, None],
+        u = tl.load(u_ptr + rows[None, :] * rank + ranks[:, None],
                     mask=(rows[None, :] < last) & (ranks[:, None] < rank), other=0.0)  # fmt: skip
         z = tl.load(z_ptr + rows[:, None] * stride_z + cols[None, :],
                     mask=(rows[:, None] < last) & (cols[None, :] < F), other=0.0)  # fmt: skip
@@ -103,19 +103,16 @@ def _gradient(u_ptr, z_ptr, g_ptr, T, F, rank, scale, rows_per_split, stride_u, 
     tl.store(g_ptrs, acc * scale, mask=(ranks[:, None] < rank) & (cols[None, :] < F))
 
 
-def shrink(x: torch.Tensor, v: torch.Tensor, scale: float = 1.0, out: torch.Tensor | None = None) -> torch.Tensor:
-    """``scale * x @ v`` for ``x [T, F]`` with contiguous rows and ``v [F, r]`` of any strides -> ``[T, r]``.
-
-    ``out`` is where to, some columns of a wider one, say; default a new tensor.
-    """
+def shrink(x: torch.Tensor, v: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """``scale * x @ v`` for ``x [T, F]`` with contiguous rows and ``v [F, r]`` of any strides -> ``[T, r]``."""
     (tokens, features), rank = x.shape, v.shape[1]
-    u = torch.empty(tokens, rank, dtype=x.dtype, device=x.device) if out is None else out
+    u = torch.empty(tokens, rank, dtype=x.dtype, device=x.device)
     block_t = 64 if tokens >= 8192 else 32 if tokens >= 4096 else 16  # about one program per multiprocessor
     padded = _padded_rank(rank)
     block_f = (128 if padded <= 32 else 64) * 2 // x.element_size()
     stages = (4 if padded <= 32 else 3) - (_little_shared_memory(x) and padded != 64)
     _shrink[(triton.cdiv(tokens, block_t),)](
-        x, v, u, tokens, features, rank, scale, x.stride(0), v.stride(0), v.stride(1), u.stride(0),
+        x, v, u, tokens, features, rank, scale, x.stride(0), v.stride(0), v.stride(1),
         R=padded, BLOCK_T=block_t, BLOCK_F=block_f, **_product(x), num_warps=4, num_stages=stages,
     )  # fmt: skip
     return u
@@ -129,20 +126,20 @@ def expand(
     bias: torch.Tensor | None = None,
     add: bool = False,
 ) -> None:
-    """Write ``scale * u @ v + bias`` to ``y [T, F]`` (or add it there), for ``u [T, r]`` with contiguous rows, ``v [r, F]``."""
+    """Write ``scale * u @ v + bias`` to ``y [T, F]`` (or add it there), for ``u [T, r]``, ``v [r, F]`` of any strides."""
     tokens, features = y.shape
     rank = u.shape[1]
     padded = _padded_rank(rank)
     block_t, block_f = 64, 128
     _expand[(triton.cdiv(features, block_f), triton.cdiv(tokens, block_t))](
-        u, v, bias, y, tokens, features, rank, scale, u.stride(0), y.stride(0), v.stride(1), v.stride(0),
+        u, v, bias, y, tokens, features, rank, scale, y.stride(0), v.stride(1), v.stride(0),
         HAS_BIAS=bias is not None, ADD=add, R=padded, BLOCK_T=block_t, BLOCK_F=block_f, **_product(u),
         num_warps=4, num_stages=1,
     )  # fmt: skip
 
 
 def gradient(u: torch.Tensor, z: torch.Tensor, scale: float = 1.0, transposed: bool = False) -> torch.Tensor:
-    """``scale * u^T @ z`` in fp32 for ``u [T, r]``, ``z [T, F]`` -> ``[r, F]``, or ``[F, r]`` where ``transposed``.
+    """``scale * u^T @ z`` in fp32 for ``u [T, r]`` and ``z [T, F]`` -> ``[r, F]``, or ``[F, r]`` where ``transposed``.
 
     Tokens are split over programs by shape alone and the parts added in order, so the result is deterministic.
     """
@@ -157,8 +154,7 @@ def gradient(u: torch.Tensor, z: torch.Tensor, scale: float = 1.0, transposed: b
     parts = torch.empty(shape, dtype=torch.float32, device=z.device)
     stride_f, stride_r = (parts.stride(1), parts.stride(2)) if transposed else (parts.stride(2), parts.stride(1))
     _gradient[(columns, splits)](
-        u, z, parts, tokens, features, rank, scale, rows_per_split, u.stride(0), z.stride(0), parts.stride(0), stride_f,
-        stride_r,
+        u, z, parts, tokens, features, rank, scale, rows_per_split, z.stride(0), parts.stride(0), stride_f, stride_r,
         R=padded, BLOCK_T=block_t, BLOCK_F=block_f, **_product(z), num_warps=4, num_stages=3,
     )  # fmt: skip
     return parts[0] if splits == 1 else parts.sum(0)

@@ -56,24 +56,9 @@ class LoRALinear(nn.Module):
     lora_dropout_position: str
     lora_use_triton: bool
     lora_transposed: bool
-    lora_group: Any = None
-    """The ``SharedInput`` of layers that get the same input, and this one's place among them (``shared.py``)."""
-    lora_place: int = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in]`` -> ``[..., out]``."""
-        group = self.lora_group
-        if group is not None:
-            shared: torch.Tensor | None = group.output(self, x)
-            if shared is not None:
-                return shared
-        return self._alone(x)
-
-    def base(self, x: torch.Tensor) -> torch.Tensor:
-        """The base layer's output."""
-        return super().forward(x)
-
-    def _alone(self, x: torch.Tensor) -> torch.Tensor:
         dropout = self.lora_dropout if self.training else 0.0
         quantized = getattr(self, "quantized", False)  # the base product is then not one with ``weight``
         if self.lora_use_triton and dropout == 0.0 and quantized:
@@ -82,7 +67,7 @@ class LoRALinear(nn.Module):
                 return by_kernels(x, self.lora_A.weight, self.lora_B.weight, self.lora_scale)
         if self.lora_use_triton and dropout == 0.0 and not quantized:
             weight, bias = self.weight, self.bias  # once: under tensor parallelism they may be made here
-            if kernel_takes(x, weight, bias):
+            if _kernel_takes(x, weight, bias):
                 dense = weight.t() if self.lora_transposed else weight
                 return lora_linear(x, dense, bias, self.lora_A.weight, self.lora_B.weight, self.lora_scale)
         y = super().forward(x)
@@ -149,7 +134,7 @@ def stored(module: nn.Module, name: str) -> nn.Parameter:
     return parameter
 
 
-def kernel_takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+def _kernel_takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Whether the Triton op can take this call; the rest was settled, and reported, when the adapter was put on."""
     return (
         runs_on(x.device.type)

@@ -26,7 +26,7 @@ from nemo_automodel._transformers.certificate_verdict import Verdict
 from nemo_automodel._transformers.forward import forward_loss
 from nemo_automodel._transformers.tiny_twin import one_block_each, tiny_twin
 from nemo_automodel._transformers.twin_start import start_config
-from nemo_automodel.components._peft import linear, shared
+from nemo_automodel.components._peft import linear
 from nemo_automodel.components._peft.experts import LoRAExperts
 from nemo_automodel.components._peft.linear import lora_layers
 from nemo_automodel.components._peft.lora import PeftConfig
@@ -348,51 +348,14 @@ def torch_kernel(factor: float) -> Any:
     return kernel
 
 
-def put_kernel(monkeypatch: Any, kernel: Any) -> None:
-    """Let layers compute by ``kernel``, alone and where they share an input."""
-
-    def together(x: Tensor, weights: Any, biases: Any, lora_as: Any, lora_bs: Any, scale: float) -> list[Tensor]:
-        layers = zip(weights, biases or [None] * len(weights), lora_as, lora_bs, strict=True)
-        return [kernel(x, *layer, scale) for layer in layers]
-
-    monkeypatch.setattr(linear, "lora_linear", kernel)
-    monkeypatch.setattr(shared, "lora_linears", together)
-
-
-def test_a_shared_input_that_mixes_up_its_layers_is_seen(tmp_path: Path, monkeypatch: Any) -> None:
-    model = build(peft=PeftConfig(match_all_linear=True, dim=4))
-    assert "shared LoRA inputs" in prove(model, tmp_path / "right").agree
-    whole = shared.SharedInput._all_outputs
-
-    def mixed_up(self: Any, x: Tensor) -> Any:
-        first, second, *rest = whole(self, x)
-        return [second, first, *rest] if first.shape == second.shape else [first, second, *rest]
-
-    monkeypatch.setattr(shared.SharedInput, "_all_outputs", mixed_up)
-    verdict = prove(model, tmp_path / "wrong")
-    assert list(verdict.off) == ["shared LoRA inputs"]
-    assert {"attention", "fused loss", "LoRA"} <= set(verdict.agree)
-    assert all(layer.lora_group is None for _, layer in lora_layers(model))
-
-
-def test_a_wrong_kernel_of_shared_inputs_is_told_from_that_of_single_layers(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(lora_kernels, "_DEVICES", ("cpu",))
-    model = build(peft=PeftConfig(match_all_linear=True, dim=4, use_triton=True))
-    put_kernel(monkeypatch, torch_kernel(0.8))
-    monkeypatch.setattr(linear, "lora_linear", torch_kernel(1.0))
-    verdict = prove(model, tmp_path)
-    assert list(verdict.off) == ["shared LoRA inputs"]
-    assert all(layer.lora_use_triton for _, layer in lora_layers(model))
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_wrong_gradient_of_the_lora_kernel_is_seen(dtype: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(lora_kernels, "_DEVICES", ("cpu",))
     peft = PeftConfig(match_all_linear=True, dim=4, use_triton=True)
     model = build(peft=peft, dtype=dtype)
-    put_kernel(monkeypatch, torch_kernel(1.0))
+    monkeypatch.setattr(linear, "lora_linear", torch_kernel(1.0))
     assert "LoRA kernel" in prove(model, tmp_path / "right").agree
-    put_kernel(monkeypatch, torch_kernel(0.8))
+    monkeypatch.setattr(linear, "lora_linear", torch_kernel(0.8))
     verdict = prove(model, tmp_path / "wrong")
     assert list(verdict.off) == ["LoRA kernel"]
     assert {"attention", "fused loss", "LoRA"} <= set(verdict.agree)
