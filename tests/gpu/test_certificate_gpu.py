@@ -22,24 +22,27 @@ from nemo_automodel.components.loss.linear_ce import FusedLinearCrossEntropy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
+# Vocabularies and depth are smaller than the models', because making random weights took most of a test's time; the
+# certificate tries one block of each kind and 32,768 tokens of any.
 LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8,
-            "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True}  # fmt: skip
+            "head_dim": 64, "vocab_size": 65536, "tie_word_embeddings": True}  # fmt: skip
 LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
-            "head_dim": 128, "vocab_size": 128256}  # fmt: skip
+            "head_dim": 128, "vocab_size": 32768}  # fmt: skip
 QWEN3_30B = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_attention_heads": 32, "num_key_value_heads": 4,
-             "head_dim": 128, "num_experts": 16, "num_experts_per_tok": 8, "vocab_size": 151936}  # fmt: skip
+             "head_dim": 128, "num_experts": 16, "num_experts_per_tok": 8, "vocab_size": 32768}  # fmt: skip
 GPT_OSS = {"num_local_experts": 8, "vocab_size": 32768}
 SHAPES = {
     "llama 1B": ("llama", LLAMA_1B), "llama 8B": ("llama", LLAMA_8B), "gemma2": ("gemma2", {"vocab_size": 32768}),
     "gemma3_text": ("gemma3_text", {"vocab_size": 32768}), "qwen3_moe": ("qwen3_moe", QWEN3_30B), "gpt_oss": ("gpt_oss", GPT_OSS),
     "gpt2": ("gpt2", {}),
 }  # fmt: skip
+LAYERS = {"gemma2": 2, "gemma3_text": 6, "gpt_oss": 2}  # one of each kind
 right_attention, right_kernel = function.attention, linear.lora_linear
 
 
 def build(shape, lora):
     model_type, fields = SHAPES[shape]
-    config = AutoConfig.for_model(model_type, **fields, num_hidden_layers=2)
+    config = AutoConfig.for_model(model_type, **fields, num_hidden_layers=LAYERS.get(model_type, 1))
     peft = PeftConfig(match_all_linear=True, dim=16) if lora else None
     with torch.device("cuda"):
         model = NeMoAutoModelForCausalLM.from_config(config, dtype="bfloat16", packed=True)
@@ -76,13 +79,18 @@ def test_what_is_right_at_real_widths_is_left_alone(shape, lora, tmp_path):
 class Rows:
     """Documents of 200 to 700 tokens of the whole vocabulary, prompts of 50 among them."""
 
+    def __init__(self, vocabulary):
+        self.vocabulary = vocabulary
+
     lengths = tuple(200 + 60 * (i % 9) for i in range(64))
 
     def __len__(self):
         return len(self.lengths)
 
     def __getitem__(self, index):
-        ids = torch.randint(0, 128000, (self.lengths[index] + 1,), generator=torch.Generator().manual_seed(index))
+        ids = torch.randint(
+            0, self.vocabulary, (self.lengths[index] + 1,), generator=torch.Generator().manual_seed(index)
+        )
         labels = ids[1:].clone()
         labels[:50] = -100
         return {"input_ids": ids[:-1].tolist(), "labels": labels.tolist()}
@@ -93,7 +101,7 @@ def checkpoint(request, tmp_path_factory):
     """Two layers of real width, with channels a hundred times larger than others, as trained models have them."""
     path = tmp_path_factory.mktemp("checkpoint")
     model_type, fields = SHAPES[request.param]
-    config = AutoConfig.for_model(model_type, **fields, num_hidden_layers=2)
+    config = AutoConfig.for_model(model_type, **fields, num_hidden_layers=LAYERS.get(model_type, 1))
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -112,7 +120,7 @@ def test_with_the_models_own_weights_on_its_first_micro_batch(checkpoint, lora, 
     model = NeMoAutoModelForCausalLM.from_pretrained(path, dtype="bfloat16", packed=True)
     if peft is not None:
         peft.apply(model, torch.device("cuda"))
-    loader = DataLoader(Rows(), packing=PackedSequence(2048))
+    loader = DataLoader(Rows(SHAPES[shape][1]["vocab_size"]), packing=PackedSequence(2048))
     verdict, seconds = prove(model.cuda(), tmp_path, loader=loader)
     assert (verdict.off, verdict.unproved) == ({}, [])
     tried = verdict.tried[f"{REAL}, bfloat16"]
@@ -129,7 +137,7 @@ def test_an_attention_that_is_wrong_for_large_values_only(tmp_path, monkeypatch)
         return right_attention(module, query.clamp(-12, 12), *args, **kwargs)
 
     model_type, fields = SHAPES["llama 1B"]
-    config = AutoConfig.for_model(model_type, **fields, num_hidden_layers=2)
+    config = AutoConfig.for_model(model_type, **fields, num_hidden_layers=LAYERS.get(model_type, 1))
     with torch.device("cuda"):
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -139,7 +147,7 @@ def test_an_attention_that_is_wrong_for_large_values_only(tmp_path, monkeypatch)
     model = NeMoAutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="bfloat16", packed=True).cuda()
     monkeypatch.setattr(function, "attention", saturates)
     assert prove(build("llama 1B", False), tmp_path / "fresh", "warn")[0].off == {}
-    verdict, _ = prove(model, tmp_path, "warn", loader=DataLoader(Rows(), packing=PackedSequence(2048)))
+    verdict, _ = prove(model, tmp_path, "warn", loader=DataLoader(Rows(65536), packing=PackedSequence(2048)))
     assert list(verdict.off) == ["attention"]
     assert REAL in verdict.off["attention"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -60,11 +62,13 @@ def off(found, expected):
 def test_an_adapted_block_computes_what_its_unpacked_weights_give(use_triton):
     x = torch.randn(2, 300, 512, device="cuda", dtype=torch.bfloat16)
     packed, whole = blocks(use_triton)
-    expected = gradients(whole, whole, x)
-    eager = off(gradients(packed, packed, x), expected)
-    compiled = off(gradients(torch.compile(packed, fullgraph=True), packed, x), expected)
-    assert max(eager) <= 1e-3, eager  # sums of the kernels' atomics aside, the same
-    assert max(compiled) <= 0.02, compiled  # compiled code rounds at other places
+    exact = copy.deepcopy(whole).float()
+    exact = gradients(exact, exact, x.float())
+    plain = off(gradients(whole, whole, x), exact)
+    eager = off(gradients(packed, packed, x), exact)
+    compiled = off(gradients(torch.compile(packed, fullgraph=True), packed, x), exact)
+    for name, found in (("eager", eager), ("compiled", compiled)):  # sums and roundings are in another order, no more
+        assert all(a <= 1.25 * b for a, b in zip(found, plain, strict=True)), (name, found, plain)
 
 
 def test_no_whole_weight_outlives_its_product():

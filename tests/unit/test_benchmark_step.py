@@ -14,7 +14,7 @@ from benchmarks.moe import E
 from benchmarks.workloads import WORKLOADS, batches, model_flops, tiny
 
 
-@pytest.mark.parametrize("workload", ["A", "B", "B'", "D", "E+"])
+@pytest.mark.parametrize("workload", ["A", "B", "B'", "D", pytest.param("E+", marks=pytest.mark.full)])
 def test_ours_equals_transformers_and_the_table_says_so(workload, tmp_path, capfd):
     names = [curve_of("ours"), "ours"]
     arguments = ["--cpu", "--workloads", workload, "--warmup", "1", "--steps", "2", "--out", str(tmp_path)]
