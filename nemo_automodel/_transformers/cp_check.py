@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nemo_automodel._transformers import compat
 from nemo_automodel._transformers.packing import mixing_layers
+from nemo_automodel._transformers.parts import has_towers
 from nemo_automodel._transformers.window_trial import passes_window, shrunk_windows
 from nemo_automodel.components.attention import function
 from nemo_automodel.components.attention.layout import Layout, announce
@@ -33,6 +34,8 @@ def require_context_parallel(model: nn.Module) -> None:
     Call it on a whole model, before it is sharded: besides what its layers are, 16 tokens are run through it out of
     order, as two ranks would hold them. A model on the meta device is judged by its layers only.
     """
+    if has_towers(model):
+        _refuse(model, "its images are not shared out with their tokens in this version")
     if not compat.attention_is_pluggable(model) or compat.attention_name(model) != function.NAME:
         _refuse(model, f"it runs its own attention ({compat.attention_name(model)})")
     if compat.chunk_size(model) is not None:

@@ -4,11 +4,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from nemo_automodel import NeMoAutoModelForImageTextToText
 from nemo_automodel._transformers.cp_check import require_context_parallel
 from nemo_automodel._transformers.window_trial import find_window
 from nemo_automodel.components.attention.function import register
 from nemo_automodel.errors import ModelError
 from tests.builders import tiny_config
+from tests.vlm_builders import write_vlm
 
 
 def build(kind, attention=None, **config):
@@ -56,4 +58,11 @@ def test_windows_not_handed_on_are_refused():
 def test_a_balance_loss_of_whole_rows_is_refused():
     model = build("qwen3_moe", output_router_logits=True)
     with pytest.raises(ModelError, match=r"balance loss is of whole rows .*output_router_logits: false"):
+        require_context_parallel(model)
+
+
+def test_images_are_refused(tmp_path):
+    path = write_vlm("gemma3", tmp_path / "model")
+    model = NeMoAutoModelForImageTextToText.from_pretrained(str(path), dtype="float32")
+    with pytest.raises(ModelError, match=r"cp_size.* images are not shared out .*write cp_size: 1"):
         require_context_parallel(model)
