@@ -55,6 +55,40 @@ def milliseconds(function: Callable[[], Any], warmup: int = 5, repeats: int = 20
     return statistics.median(times), middle[-1] - middle[0]
 
 
+def attention_figures(
+    function: Callable[..., torch.Tensor],
+    exact: Callable[..., torch.Tensor],
+    inputs: list[torch.Tensor],
+    gradient: torch.Tensor,
+) -> dict[str, float]:
+    """Times of ``function(*inputs)`` on a GPU, and its error, gradients included, against ``exact`` in fp32."""
+
+    def both() -> list[torch.Tensor]:
+        out = function(*inputs)
+        return [out, *torch.autograd.grad(out, inputs, gradient)]
+
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    found = both()
+    torch.cuda.synchronize()
+    first = time.perf_counter() - start
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+    out = exact(*wide)
+    want = [out, *torch.autograd.grad(out, wide, gradient.float())]
+    error = max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(found, want, strict=True))
+    del wide, out, want, found
+    with torch.no_grad():
+        forward, _ = milliseconds(lambda: function(*inputs), 3, 15)
+    together, _ = milliseconds(both, 3, 15)
+    start = time.perf_counter()
+    for _ in range(10):
+        both()
+    host = (time.perf_counter() - start) * 100
+    torch.cuda.synchronize()
+    return {"forward ms": round(forward, 3), "forward + backward ms": round(together, 3), "host ms": round(host, 2),
+            "first call ms": round(first * 1e3), "error": float(f"{error:.1e}")}  # fmt: skip
+
+
 def _cuda_time(function: Callable[[], Any]) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()

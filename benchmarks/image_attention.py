@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.common import milliseconds, write
+from benchmarks.common import attention_figures, write
 from nemo_automodel.components.attention.blocks import _with_bounds
 from nemo_automodel.kernels.block_attention import block_attention
 
@@ -92,32 +91,13 @@ def measure(case: str, way: str) -> dict[str, Any]:
     gradient = torch.randn(rows, length, heads, size, **options)
     ids = ids_of(rows, length, image)
     function = WAYS[way](ids)
-
-    def both() -> list[Tensor]:
-        out = function(*inputs)
-        return [out, *torch.autograd.grad(out, inputs, gradient)]
-
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    found = both()
-    torch.cuda.synchronize()
-    first = time.perf_counter() - start
-    wide = [x.detach().float().requires_grad_() for x in inputs]
-    out = dense(ids)(*wide)
-    want = [out, *torch.autograd.grad(out, wide, gradient.float())]
-    error = max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(found, want, strict=True))
-    del wide, out, want, found
-    with torch.no_grad():
-        forward, _ = milliseconds(lambda: function(*inputs), 3, 15)
-    together, _ = milliseconds(both, 3, 15)
-    start = time.perf_counter()
-    for _ in range(10):
-        both()
-    host = (time.perf_counter() - start) * 100
-    torch.cuda.synchronize()
-    return {"case": case, "way": way, "forward ms": round(forward, 3), "forward + backward ms": round(together, 3),
-            f"{LAYERS} layers ms": round(LAYERS * together, 1), "host ms": round(host, 2),
-            "first call ms": round(first * 1e3), "error": float(f"{error:.1e}")}  # fmt: skip
+    figures = attention_figures(function, dense(ids), inputs, gradient)
+    return {
+        "case": case,
+        "way": way,
+        **figures,
+        f"{LAYERS} layers ms": round(LAYERS * figures["forward + backward ms"], 1),
+    }
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.common import milliseconds, write
+from benchmarks.common import attention_figures, write
 from nemo_automodel.components.attention.varlen import varlen
 
 TOKENS = 16384
@@ -83,30 +82,10 @@ def measure(case: str, way: str, function: Callable[..., Tensor]) -> dict[str, A
     ]
     gradient = torch.randn(1, TOKENS, heads, size, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
     bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
-
-    def both() -> list[Tensor]:
-        out = function(*inputs, lengths, bounds)
-        return [out, *torch.autograd.grad(out, inputs, gradient)]
-
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    found = both()
-    torch.cuda.synchronize()
-    first = time.perf_counter() - start
-    wide = [x.detach().float().requires_grad_() for x in inputs]
-    out = exact(*wide, lengths)
-    want = [out, *torch.autograd.grad(out, wide, gradient.float())]
-    error = max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(found, want, strict=True))
-    with torch.no_grad():
-        forward, _ = milliseconds(lambda: function(*inputs, lengths, bounds), 3, 15)
-    together, _ = milliseconds(both, 3, 15)
-    start = time.perf_counter()
-    for _ in range(10):
-        both()
-    host = (time.perf_counter() - start) * 100
-    torch.cuda.synchronize()
-    return {"case": case, "way": way, "forward ms": round(forward, 3), "forward + backward ms": round(together, 3),
-            "host ms": round(host, 2), "first call ms": round(first * 1e3), "error": float(f"{error:.1e}")}  # fmt: skip
+    figures = attention_figures(
+        lambda *qkv: function(*qkv, lengths, bounds), lambda *qkv: exact(*qkv, lengths), inputs, gradient
+    )
+    return {"case": case, "way": way, **figures}
 
 
 def main(argv: list[str] | None = None) -> int:
