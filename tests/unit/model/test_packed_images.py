@@ -188,11 +188,11 @@ def test_positions_that_follow_images_start_anew(cases, monkeypatch: pytest.Monk
 
 
 def test_an_image_that_sees_across_documents_is_found_out(cases, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The boundaries are laid over the model's own mask; without that PaliGemma's prefixes would see each other."""
-    from nemo_automodel.components.attention import function
+    """The boundaries cut the model's own blocks; without that PaliGemma's prefixes would see each other."""
+    from nemo_automodel.components.attention import blocks
 
-    case = cases("paligemma")
-    monkeypatch.setattr(function, "_same_document", lambda cu_seqlens, length: lambda b, h, q, k: q >= 0)
+    case, cut = cases("paligemma"), blocks._with_bounds
+    monkeypatch.setattr(blocks, "_with_bounds", lambda ids, cu_seqlens: cut(ids, None))
     with pytest.raises(ModelError, match="other logits than the same document by itself"):
         require_packed_images(case.ours)
 

@@ -27,6 +27,13 @@ from nemo_automodel._transformers.twin_start import start_config
 
 NO_DEFAULT = {"gemma4_assistant"}  # transformers' own default is refused by its own validation
 TYPES = [(kind, t) for kind in ("causal", "vlm") for t in registered_types(kind) if t not in NO_DEFAULT]
+HOLES = {"vlm-apertus1p5": "ranges of image and audio tokens that must tile its vocabulary are not shrunk with it yet"}
+
+
+def types_and_holes() -> list[Any]:
+    """Every type; the twins that are known not to build must fail, so that a hole that is filled is noticed."""
+    marks = {name: [pytest.mark.xfail(reason=reason, strict=True)] for name, reason in HOLES.items()}
+    return [pytest.param(k, t, id=f"{k}-{t}", marks=marks.get(f"{k}-{t}", [])) for k, t in TYPES]
 
 
 def reloads_its_default(model_type: str) -> bool:
@@ -42,7 +49,7 @@ def parts(config: Any) -> list[Any]:
     return names.parts_of(config)
 
 
-@pytest.mark.parametrize(("kind", "model_type"), TYPES, ids=[f"{k}-{t}" for k, t in TYPES])
+@pytest.mark.parametrize(("kind", "model_type"), types_and_holes())
 def test_a_twin_keeps_the_structure(kind: str, model_type: str) -> None:
     if not reloads_its_default(model_type):
         pytest.skip("this transformers does not read back its own default of the class")
