@@ -165,12 +165,12 @@ def in_this_process(arguments: argparse.Namespace) -> None:
 
 def longest(kind: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of the tries; the last that did not fail is the longest sequence."""
-    workload, contender = ("A", "ours, checkpointed") if kind == "lora" else ("A", "ours, full SFT, small state")
-    contender = arguments.contenders[0] if arguments.contenders else contender
+    ours = "ours, checkpointed" if kind == "lora" else "ours, full SFT, small state"
+    contender = arguments.contenders[0] if arguments.contenders else ours
     unit = 32 if arguments.cpu else STEP_TOKENS
 
     def attempt(length: int) -> dict[str, Any]:
-        (row,) = rows_of(workload, contender, [f"1x{length}"], (1, 0), arguments)
+        (row,) = rows_of("A", contender, [f"1x{length}"], (1, 0), arguments)
         return row
 
     known = []

@@ -76,3 +76,8 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what ``error`` says, of 200 letters at most; its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -241,7 +241,7 @@ def _assemble(
         expert_parallelize(model, ep_plan_for(model), expert_mesh["ep"])
     blocks = find_blocks(model)
     if fp8 is not None:
-        fp8.apply(model, blocks, compute_dtype, device, peft)
+        fp8.apply(blocks, compute_dtype, device, peft)
     if quantization is not None and quantization.apply(model, blocks, device) and peft is not None and weights is None:
         reset_adapters(model)  # once more: DoRA starts from the norms of the weights as they are now
     _checkpoint_and_compile(model, blocks, device, compute_dtype, distributed, compile)

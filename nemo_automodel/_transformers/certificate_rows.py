@@ -24,9 +24,7 @@ from nemo_automodel.components.datasets import collate
 from nemo_automodel.errors import ModelError
 from nemo_automodel.types import IGNORE_INDEX
 
-_MULTIPLE = (
-    8  # padded rows are as wide as those of a run: layers that choose keys may choose among equal ones by number
-)
+_MULTIPLE = 8  # padded rows are as wide as a run's: layers that choose keys may choose among equal ones by number
 _SHORTEST = 3  # tokens of a document that is worth a try
 _NUMBER = 3  # of documents: one in the middle, with one on each side
 
@@ -166,9 +164,7 @@ def first_documents(loader: Any, config: PretrainedConfig, most: int) -> Documen
     Each is cut to its first tokens, or to those around the first that is trained. What stands for an image is left out.
     None: no document has three tokens and one that is trained.
     """
-    loader = copy.copy(
-        loader
-    )  # the order is a function, so looking at it changes nothing; and without worker processes
+    loader = copy.copy(loader)  # the order is a function: looking at it changes nothing; without worker processes
     if hasattr(loader, "num_workers"):
         loader.num_workers = 0
     (batch, *_) = next(iter(loader.steps(0)))

@@ -91,7 +91,7 @@ class Case:
         if self.blocks is not None:
             self.wrong_buffers = _wrong_buffers(self.buffers, cached.free_buffers(self.blocks))
             tried = f"{self.rows_are}; {self._weights_are(values)}"
-            self._settle(stage, self._real(values, sees=False), self.stack, tried, alone=not sees)
+            self._settle(stage, self._real([self.blocks], self.stack, values), self.stack, tried, alone=not sees)
         if sees:
             self._prove_images(values, stage)
 
@@ -100,8 +100,8 @@ class Case:
         tried = "two rows with a made up image each"
         self._settle(TWIN + IMAGES, self._twin([], stack, True), stack, f"{tried}; fresh weights")
         if self.blocks is not None:
-            trial, stack = self._real(values, sees=True), _without(self.stack, PACKING)
-            self._settle(stage + IMAGES, trial, stack, f"{tried}, of few patches; {self._weights_are(values)}")
+            stack, tried = _without(self.stack, PACKING), f"{tried}, of few patches; {self._weights_are(values)}"
+            self._settle(stage + IMAGES, self._real([], stack, values, True), stack, tried)
 
     def _settle(
         self, stage: str, trial: Callable[[int], Trial], stack: Stack, tried: str, *, alone: bool = True
@@ -140,16 +140,16 @@ class Case:
 
     # --- real width ---------------------------------------------------------------------------------------------
 
-    def _real(self, values: dict[str, Tensor], sees: bool) -> Callable[[int], Trial]:
-        made = [] if sees else [self.blocks]
-
+    def _real(
+        self, made: list[Any], stack: Stack, values: dict[str, Tensor], sees: bool = False
+    ) -> Callable[[int], Trial]:
         def trial(seed: int) -> Trial:
             model = made.pop() if made else build(self.cls, copy.deepcopy(self.cut), self.device)
             torch.manual_seed(seed)
             sharpen(model, but=values)
             weights.load(model, values)
             rows = Pictures(model, seed, self.dtype) if sees else self._rows(model, seed)
-            return Trial(model, self.stack if not sees else _without(self.stack, PACKING), rows, self.dtype, seed)
+            return Trial(model, stack, rows, self.dtype, seed)
 
         return trial
 
@@ -166,9 +166,7 @@ class Case:
         try:
             most = min(self.most, max(_within_positions(self.config, (self.most,))))  # type: ignore[arg-type]
             found = first_documents(loader, self.config, most)  # type: ignore[arg-type]
-        except (
-            Exception
-        ) as error:  # of any kind: it is a user's own data, and his run's first step will say what is wrong
+        except Exception as error:  # of any kind: it is a user's own data; the run's first step will say what is wrong
             return None, f"made up documents, because the first micro-batch cannot be read ({_said(error)})"
         if found is None:
             return None, "made up documents, because those of the first micro-batch are too short"
@@ -179,7 +177,7 @@ class Case:
     def _weights_are(self, values: dict[str, Tensor]) -> str:
         if not values:
             return "fresh weights"
-        fresh = weights.left_fresh(build_names(self.cls, self.cut), values)
+        fresh = weights.left_fresh(self.shapes, values)
         return "the model's own weights" + (f", but for {len(fresh)} tensors ({fresh[0]}, ...)" if fresh else "")
 
     def _build_blocks(self) -> None:
@@ -190,7 +188,9 @@ class Case:
             cut = one_block_each(self.config, vocab_size=self.vocabulary, window=window, least=least)  # type: ignore[arg-type]
             without_chance(cut)
             try:
-                _require_room(sum(p.numel() for p in build_names(self.cls, cut).parameters()), self.device)
+                with torch.device("meta"):
+                    self.shapes = self.cls._from_config(cut)  # type: ignore[union-attr]
+                _require_room(sum(p.numel() for p in self.shapes.parameters()), self.device)
                 self.blocks, self.cut, self.least = build(self.cls, copy.deepcopy(cut), self.device), cut, least
                 break
             except (ModelError, torch.OutOfMemoryError):
@@ -200,13 +200,6 @@ class Case:
                     raise
         special = moved_tokens(self.config, self.vocabulary)  # type: ignore[arg-type]
         self.numbers, self.rows = compact_vocabulary(self.documents, special, self.vocabulary, self.whole)
-
-
-def build_names(cls: Any, config: PretrainedConfig) -> nn.Module:
-    """A model that has names and shapes alone."""
-    with torch.device("meta"):
-        made: nn.Module = cls._from_config(config)
-    return made
 
 
 def _wrong_buffers(live: dict[str, Tensor], right: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from nemo_automodel.components._peft.match import is_transposed_linear
 from nemo_automodel.components.attention import function
 from nemo_automodel.components.distributed.activation_checkpointing import checkpoint_activations
 from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
-from nemo_automodel.errors import ModelError
+from nemo_automodel.errors import ModelError, first_line
 
 EXACT = 1e-3
 """Of the norm of a gradient in float32: what sums in another order may differ by."""
@@ -118,13 +118,13 @@ class Trial:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of any kind: it is any model's own code
-            raise NotTaken(f"{type(error).__name__}: {_first_line(error)}") from error
+            raise NotTaken(f"{type(error).__name__}: {first_line(error)}") from error
         self._become_ours()
         self.yardstick: Gaps | None = None
         if dtype != torch.float32:
             self.yardstick = gaps(self.run(()), self.expected)
         if stack.fp8 is not None and FP8 in stack.optimisations:
-            stack.fp8.apply(model, self.blocks, dtype, self.device, stack.adapters)
+            stack.fp8.apply(self.blocks, dtype, self.device, stack.adapters)
         self.worst = 0.0
 
     def objection(self, on: Collection[str]) -> str | None:
@@ -139,7 +139,7 @@ class Trial:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of any kind: it is the model's own code, run in a way it may not expect
-            return f"its forward or backward fails ({type(error).__name__}: {_first_line(error)})"
+            return f"its forward or backward fails ({type(error).__name__}: {first_line(error)})"
         return reason
 
     def run(self, on: Collection[str], changed: bool | None = None) -> Outcome:
@@ -347,10 +347,6 @@ class Trial:
             if not gap <= max(limit, of_plain, 0.0 if plain is None else plain.each.get(name, 0.0)):
                 return f"{moved} the gradient of {name} by {gap:.2g} of its norm"
         return None if found.loss <= loss_limit else f"{moved} their loss by {found.loss:.2g}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 __all__ = ["Gaps", "NotTaken", "Outcome", "Trial", "gaps"]

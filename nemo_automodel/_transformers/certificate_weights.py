@@ -131,10 +131,9 @@ def _find(model: nn.Module, name: str) -> Tensor | None:
         module = model.get_submodule(path)
     except AttributeError:
         return None
-    stored = module._parameters.get(leaf)
-    found = (
-        getattr(module, leaf, None) if stored is None else stored
-    )  # a packed weight is unpacked when it is asked for
+    found = module._parameters.get(leaf)
+    if found is None:  # a buffer, or a packed weight, which is unpacked when it is asked for
+        found = getattr(module, leaf, None)
     return found if isinstance(found, Tensor) else None
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from nemo_automodel._transformers import compat
@@ -20,7 +19,8 @@ from nemo_automodel._transformers.tiny_twin import tiny_twin
 from nemo_automodel._transformers.trial import build
 from nemo_automodel._transformers.twin_batch import image_batch, text_batch
 from nemo_automodel._transformers.window_trial import PASSES_WINDOW
-from nemo_automodel.errors import ModelError
+from nemo_automodel.components.datasets import collate
+from nemo_automodel.errors import ModelError, first_line
 
 Document = dict[str, Any]
 _LENGTHS = (11, 9, 17)  # of the documents' texts; the middle one has no image
@@ -38,8 +38,7 @@ def require_packed_images(model: PreTrainedModel) -> None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of any kind: it is the model's own code, in a way it may not expect
-        first = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        reason = f"cannot be tried with packed images ({type(error).__name__}: {first})"
+        reason = f"cannot be tried with packed images ({type(error).__name__}: {first_line(error)})"
     if reason is not None:
         raise ModelError(f"packed_sequence: {name} {reason}; {FIX}")
 
@@ -103,33 +102,20 @@ def documents_with_images(model: PreTrainedModel) -> list[Document]:
 
 def pack_documents(documents: list[Document], axis: int = 0) -> Document:
     """One packed row of ``documents``, each the inputs of a row by itself; their images are joined along ``axis``."""
-    lengths = [document["input_ids"].shape[1] for document in documents]
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    packed: Document = {"position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
-    packed |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
-    packed |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+    packed: Document = collate.boundaries([document["input_ids"].shape[1] for document in documents])
     of_tokens = _of_tokens(documents[0])
     for key in dict.fromkeys(key for document in documents for key in document):
         if key == "attention_mask":
             continue
         parts = [document[key] for document in documents if key in document]
-        packed[key] = torch.cat(parts, 1) if key in of_tokens else _joined(parts, axis)
+        along = axis if parts[0].ndim > axis else 0
+        packed[key] = torch.cat(parts, 1) if key in of_tokens else collate.joined(parts, along)
     return packed
 
 
 def _of_tokens(document: Document) -> list[str]:
     shape = document["input_ids"].shape
     return [key for key, value in document.items() if value.shape[:2] == shape]
-
-
-def _joined(parts: list[Tensor], axis: int) -> Tensor:
-    axis = axis if parts[0].ndim > axis else 0
-    sizes = [max(n) for n in zip(*(part.shape for part in parts), strict=True)]
-    padded = []
-    for part in parts:
-        gaps = [size - n if at != axis else 0 for at, (size, n) in enumerate(zip(sizes, part.shape, strict=True))]
-        padded.append(F.pad(part, [pad for gap in reversed(gaps) for pad in (0, gap)]) if any(gaps) else part)
-    return torch.cat(padded, axis)
 
 
 __all__ = ["documents_with_images", "pack_documents", "require_packed_images"]

@@ -63,17 +63,13 @@ def _document_positions(model: nn.Module, inputs: dict[str, Any]) -> Tensor | No
     count = _once(model, _COUNTER, compat.position_counter)
     if ids is None or count is None:
         return None
-    lengths = torch.diff(bounds).tolist()
-    arguments: dict[str, Any] = {}
-    seen = False
-    for name in inspect.signature(count).parameters:
-        value = inputs.get(name)
-        if isinstance(value, Tensor) and name != "attention_mask":
-            of_tokens = value.shape[:2] == ids.shape
-            arguments[name] = _as_rows(value, lengths) if of_tokens else value
-            seen = seen or not of_tokens
-    if not seen:  # no images: ordinary positions are right
+    names = [name for name in inspect.signature(count).parameters if name != "attention_mask"]
+    given = {name: value for name in names if isinstance(value := inputs.get(name), Tensor)}
+    of_tokens = {name for name, value in given.items() if value.shape[:2] == ids.shape}
+    if of_tokens == given.keys():  # no images: ordinary positions are right
         return None
+    lengths = torch.diff(bounds).tolist()
+    arguments = {name: _as_rows(value, lengths) if name in of_tokens else value for name, value in given.items()}
     tokens = _as_rows(torch.ones_like(ids), lengths)
     found = count(**arguments, attention_mask=tokens)
     positions: Tensor = found[0] if isinstance(found, tuple) else found  # [K, D, longest document]

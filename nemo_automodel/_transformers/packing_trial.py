@@ -15,6 +15,7 @@ from nemo_automodel._transformers.packed_images_trial import require_packed_imag
 from nemo_automodel._transformers.packing import FIX, PASSES_DOCUMENTS, refuse_packing
 from nemo_automodel._transformers.window_trial import shrunk_windows
 from nemo_automodel.components.attention import function
+from nemo_automodel.components.datasets.collate import boundaries
 from nemo_automodel.errors import AutoModelError, ModelError
 
 logger = logging.getLogger(__name__)
@@ -96,11 +97,8 @@ def _documents(model: nn.Module) -> list[Tensor]:
 
 def _packed_logits(model: nn.Module) -> Tensor:
     ids = torch.cat(_documents(model), dim=1)
-    boundaries = torch.tensor([0, _LENGTHS[0], sum(_LENGTHS)], dtype=torch.int32, device=ids.device)
-    positions = torch.cat([torch.arange(n, device=ids.device) for n in _LENGTHS])[None]
-    packed: dict[str, Any] = {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
-    packed |= {"max_length_q": max(_LENGTHS), "max_length_k": max(_LENGTHS)}
-    return model(input_ids=ids, position_ids=positions, use_cache=False, **packed).logits.float()
+    packed = {k: v.to(ids.device) if isinstance(v, Tensor) else v for k, v in boundaries(_LENGTHS).items()}
+    return model(input_ids=ids, use_cache=False, **packed).logits.float()
 
 
 def _apart(model: nn.Module) -> bool:

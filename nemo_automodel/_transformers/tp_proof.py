@@ -17,7 +17,7 @@ from nemo_automodel._transformers import compat
 from nemo_automodel._transformers.tiny_twin import tiny_twin
 from nemo_automodel._transformers.twin_batch import image_batch, takes_images
 from nemo_automodel.components.distributed.tensor_parallel import TensorParallelPlan, tensor_parallelize
-from nemo_automodel.errors import AutoModelError, ModelError
+from nemo_automodel.errors import AutoModelError, ModelError, first_line
 
 _LENGTH = 9  # tokens a row: no multiple of 2, so that sharding the sequence must pad
 _TOLERANCE = 1e-3  # of fp32 sums in another order; a part left out of a gradient is off by about half
@@ -45,7 +45,7 @@ class Twin:
             self._untouched = copy.deepcopy(self.plain)
             self.loss = _backward(self.plain, self.inputs)
         except Exception as error:
-            raise ModelError(f"{self.name}: its tiny copy does not run ({_first_line(error)})") from error
+            raise ModelError(f"{self.name}: its tiny copy does not run ({first_line(error)})") from error
         self.gradients = {name: p.grad for name, p in self.plain.named_parameters()}
         finite = all(bool(grad.isfinite().all()) for grad in self.gradients.values() if grad is not None)
         if not finite or not bool(self.loss.isfinite()):
@@ -77,7 +77,7 @@ class Twin:
         except AutoModelError as error:
             return str(error)
         except Exception as error:  # of any kind: it is the model's own code, run in a way it may not expect
-            return f"its forward or backward fails ({type(error).__name__}: {_first_line(error)})"
+            return f"its forward or backward fails ({type(error).__name__}: {first_line(error)})"
         if not bool((loss - self.loss).abs() <= _TOLERANCE * self.loss.abs()):
             return f"its loss is {loss.item():.6g} instead of {self.loss.item():.6g}"
         return None
@@ -136,7 +136,3 @@ def _backward(twin: Any, inputs: dict[str, Any]) -> Tensor:
     loss = F.cross_entropy(logits, targets, reduction="sum")
     loss.backward()
     return loss.detach()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -12,11 +12,14 @@ Shape legend: B batch, H query heads, G key/value heads, S tokens, E head size, 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
+
+from nemo_automodel.kernels.masks import written_mask
 
 MAX_HEAD_SIZE = 256  # of torch's flash kernels
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -84,12 +87,8 @@ def _forward(
     out, lse = _behind(query, key, value, scale, window, cu_seqlens, longest)
     out, lse = out.transpose(1, 2).contiguous(), lse.contiguous()
     seen = out.transpose(1, 2)
-    if query.is_cuda or _INTERPRETED:
-        from nemo_automodel.kernels import block_attention_triton
-
-        block_attention_triton.add_forward(query, key, value, seen, lse, blocks.contiguous(), scale)
-    else:
-        _add_forward(query, key, value, seen, lse, blocks, scale)
+    add, _ = _keys_ahead(query)
+    add(query, key, value, seen, lse, blocks.contiguous(), scale)
     return out, lse
 
 
@@ -111,13 +110,18 @@ def _backward(
     out, dout = out.transpose(1, 2), dout.transpose(1, 2)
     grads = _behind_backward(dout, query, key, value, out, lse, scale, window, cu_seqlens, longest)
     dq, dk, dv = (_laid_out_as(grad, x) for grad, x in zip(grads, wide, strict=True))
+    _, add = _keys_ahead(query)
+    add(query, key, value, out, lse, dout, (dq, dk, dv), blocks.contiguous(), scale)
+    return dq, dk, dv
+
+
+def _keys_ahead(query: Tensor) -> tuple[Callable[..., None], Callable[..., None]]:
+    """What adds the keys ahead to the result and to the gradients: the kernels, or on a CPU what is written out below."""
     if query.is_cuda or _INTERPRETED:
         from nemo_automodel.kernels import block_attention_triton
 
-        block_attention_triton.add_backward(query, key, value, out, lse, dout, (dq, dk, dv), blocks.contiguous(), scale)
-    else:
-        _add_backward(query, key, value, out, lse, dout, (dq, dk, dv), blocks, scale)
-    return dq, dk, dv
+        return block_attention_triton.add_forward, block_attention_triton.add_backward
+    return _add_forward, _add_backward
 
 
 # --- keys behind: torch's own kernels -----------------------------------------------------------------------------
@@ -130,7 +134,7 @@ def _behind(
     if not query.is_cuda:
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-        mask = _written_mask(query, window, cu_seqlens)
+        mask = _additive_mask(query, window, cu_seqlens)
         return _aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, mask is None, attn_mask=mask, scale=scale
         )
@@ -166,7 +170,7 @@ def _behind_backward(
     if not query.is_cuda:
         kv_heads = key.shape[1]
         key, value = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
-        mask = _written_mask(query, window, cu_seqlens)
+        mask = _additive_mask(query, window, cu_seqlens)
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, query, key, value, out, lse, 0.0, mask is None, attn_mask=mask, scale=scale
         )
@@ -201,16 +205,12 @@ def _cudnn_is_faster(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     return bool(choice == SDPBackend.CUDNN_ATTENTION.value)
 
 
-def _written_mask(query: Tensor, window: int | None, cu_seqlens: Tensor | None) -> Tensor | None:
+def _additive_mask(query: Tensor, window: int | None, cu_seqlens: Tensor | None) -> Tensor | None:
     """Additive [S, S], None where plain causal is meant; for the CPU only."""
     if not window and cu_seqlens is None:
         return None
-    at = torch.arange(query.shape[2], device=query.device)
-    behind = at[:, None] - at[None, :]
-    seen = (behind >= 0) & (behind < (window or len(at)))
-    if cu_seqlens is not None:
-        document = torch.bucketize(at, cu_seqlens, right=True)
-        seen &= document[:, None] == document[None, :]
+    length = query.shape[2]
+    seen = written_mask(length, length, True, window, cu_seqlens, query.device)
     return query.new_zeros(seen.shape).masked_fill(~seen, -torch.inf)
 
 

@@ -86,7 +86,7 @@ def block(quantised, adapters, grad_weight="bfloat16"):
         nn.init.normal_(module.lora_B.weight, std=0.02)
     if quantised:
         device = torch.device("cuda")
-        assert Fp8Config(grad_weight=grad_weight).apply(made, [made], torch.bfloat16, device, peft)
+        assert Fp8Config(grad_weight=grad_weight).apply([made], torch.bfloat16, device, peft)
     return made
 
 

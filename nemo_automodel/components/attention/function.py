@@ -25,6 +25,7 @@ from nemo_automodel.components.attention.context_parallel import context_attenti
 from nemo_automodel.components.attention.layout import Layout, current_context, current_layout
 from nemo_automodel.components.attention.varlen import packed_attention, window_attention
 from nemo_automodel.kernels.block_attention import block_attention, fits
+from nemo_automodel.kernels.masks import written_mask
 
 NAME = "automodel"
 _EXTRAS = ("indices", "position_bias")  # arguments that say more of what is attended to
@@ -220,15 +221,7 @@ def _written_mask(
     """Bool mask [1, 1, S, K], True where attention is allowed; None where everything is."""
     if not causal and cu_seqlens is None:
         return None
-    q = torch.arange(k_length - q_length, k_length, device=device)[:, None]
-    k = torch.arange(k_length, device=device)[None, :]
-    mask = k <= q if causal else torch.ones(q_length, k_length, dtype=torch.bool, device=device)
-    if causal and window:
-        mask = mask & (k > q - window)
-    if cu_seqlens is not None:
-        document = torch.bucketize(k[0], cu_seqlens, right=True)
-        mask = mask & (document[:, None] == document[None, :])
-    return mask[None, None]
+    return written_mask(q_length, k_length, causal, window, cu_seqlens, device)[None, None]
 
 
 def _same_document(cu_seqlens: Tensor, length: int) -> Callable[..., Any]:

@@ -146,21 +146,21 @@ def collate_packed_vision(
         if like.ndim == 0:
             batch[key] = torch.stack([document.rows.get(key, torch.zeros_like(like)) for document in documents])
             continue
-        batch[key] = _joined([document.rows[key] for document in documents if key in document.rows])[None]
+        batch[key] = joined([document.rows[key] for document in documents if key in document.rows])[None]
     return batch | _images_of(documents)
 
 
 def _images_of(rows: Sequence[VisionInputs]) -> dict[str, torch.Tensor]:
     return {
-        key: _joined([row.images[key] for row in rows if key in row.images])
-        for key in _keys(row.images for row in rows)
+        key: joined([row.images[key] for row in rows if key in row.images]) for key in _keys(row.images for row in rows)
     }
 
 
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """``parts`` [n, ...] one after the other, each as large as the largest in the other dimensions."""
-    shape = _largest([part.shape[1:] for part in parts])
-    return torch.cat([_padded(part, (len(part), *shape)) for part in parts])
+def joined(parts: Sequence[torch.Tensor], axis: int = 0) -> torch.Tensor:
+    """``parts`` one after the other along ``axis``, each as large as the largest in the other dimensions."""
+    shape = _largest([part.shape for part in parts])
+    padded = [_padded(part, (*shape[:axis], part.shape[axis], *shape[axis + 1 :])) for part in parts]
+    return torch.cat(padded, axis)
 
 
 def _keys(mappings: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -54,14 +54,11 @@ class Fp8Config:
         """
         return self.enabled and peft is not None and not _has_ranks()
 
-    def apply(
-        self, model: nn.Module, blocks: Sequence[nn.Module], compute_dtype: torch.dtype, device: torch.device, peft: Any
-    ) -> bool:
-        """Let the linear layers inside ``blocks`` of ``model`` compute in FP8, in place; return whether any does.
+    def apply(self, blocks: Sequence[nn.Module], compute_dtype: torch.dtype, device: torch.device, peft: Any) -> bool:
+        """Let the linear layers inside ``blocks`` compute in FP8, in place; return whether any does.
 
         Args:
-            model: the whole model, with adapters if it gets any.
-            blocks: where its layers are looked for.
+            blocks: of a whole model, with adapters if it gets any.
             compute_dtype: what its forward computes in.
             device: where it will run.
             peft: as in ``keeps_copies``.

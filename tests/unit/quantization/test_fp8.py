@@ -95,7 +95,7 @@ def test_small_and_odd_layers_stay(caplog):
     with caplog.at_level(logging.INFO):
         changed = Fp8Config(min_features=64)
         assert changed.apply(
-            model, list(model.model.layers), torch.bfloat16, torch.device("cpu"), PeftConfig(match_all_linear=True)
+            list(model.model.layers), torch.bfloat16, torch.device("cpu"), PeftConfig(match_all_linear=True)
         )
     assert len(list(fp8_layers(model))) == 10  # k and v have 32 outputs
     assert any("4 stay in bfloat16" in r.getMessage() for r in caplog.records)
