@@ -3,13 +3,15 @@
 The base GEMM stays in cuBLAS. The low-rank product is written to the output first and the base GEMM accumulates onto it
 (``beta = 1``), so the output is never read back by a kernel of its own and is rounded once less than when two results
 are added. The backward does the same for dX, computes no gradient of the frozen weight, and accumulates dA and dB in
-fp32. Saved for backward: x and the [T, r] product. An opaque custom op, so ``torch.compile`` keeps its graph whole.
+fp32. Saved for backward: x and the [T, r] product. ``torch.compile`` keeps its graph whole and sees the kernels in it, so
+that what it compiles launches them itself: calling an opaque op instead takes the host half a millisecond a layer.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +19,8 @@ import torch
 MAX_RANK = 128
 """Above it the factors' tiles no longer fit beside the activation's in shared memory, and cuBLAS is as good."""
 
-_DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET", "0") == "1" else ("cuda",)
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
 
 def unsupported_reason(rank: int) -> str | None:
@@ -80,7 +83,7 @@ def _forward(
     y = torch.empty(rows.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     xa = lora_triton.shrink(rows, lora_a.t(), scale)
     lora_triton.expand(xa, lora_b.t(), y, bias=bias)
-    y.addmm_(rows, weight.t())
+    _accumulate(y, rows, weight.t())
     return y.view(*x.shape[:-1], weight.shape[0]), xa
 
 
@@ -103,9 +106,25 @@ def _backward(
     d_lora_b = lora_triton.gradient(xa, dy_rows, transposed=True).to(lora_b.dtype)
     if with_dx:
         lora_triton.expand(dyb, lora_a, dx)
-        dx.addmm_(dy_rows, weight)
+        _accumulate(dx, dy_rows, weight)
         dx = dx.view(x.shape)
     return dx, d_lora_a, d_lora_b
+
+
+_library = torch.library.Library("automodel", "FRAGMENT")  # without custom_op's layers, which take longer than the call
+_library.define("addmm_(Tensor(a!) y, Tensor x, Tensor w) -> ()")
+
+
+def _addmm_(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
+    y.addmm_(x, w)
+
+
+_library.impl("addmm_", _addmm_, "CompositeExplicitAutograd")
+
+
+def _accumulate(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
+    """``y += x @ w`` in place, in compiled code too, where torch's own ``addmm_`` would become a copy of y and a product."""
+    torch.ops.automodel.addmm_(y, x, w)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -113,19 +132,14 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-_forward_op = torch.library.custom_op(
-    "automodel::lora_linear",
-    _forward,
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scale) -> (Tensor, Tensor)",
-)
-_backward_op = torch.library.custom_op(
-    "automodel::lora_linear_backward",
-    _backward,
-    mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor xa, Tensor weight, Tensor lora_a, Tensor lora_b, float scale, bool with_dx)"
-    " -> (Tensor, Tensor, Tensor)",
-)
+def _op(name: str, function: Callable[..., Any]) -> Any:
+    """``function`` as an op whose kernels the compiler sees; opaque to it in Triton's interpreter, which has none."""
+    make = torch.library.custom_op if INTERPRETED else torch.library.triton_op
+    return make(f"automodel::{name}", function, mutates_args=())
+
+
+_forward_op = _op("lora_linear", _forward)
+_backward_op = _op("lora_linear_backward", _backward)
 
 
 @_forward_op.register_fake

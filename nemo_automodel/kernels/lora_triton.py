@@ -107,11 +107,12 @@ def shrink(x: torch.Tensor, v: torch.Tensor, scale: float = 1.0) -> torch.Tensor
     """``scale * x @ v`` for ``x [T, F]`` with contiguous rows and ``v [F, r]`` of any strides -> ``[T, r]``."""
     (tokens, features), rank = x.shape, v.shape[1]
     u = torch.empty(tokens, rank, dtype=x.dtype, device=x.device)
-    block_t = 64 if tokens >= 8192 else 32 if tokens >= 4096 else 16  # about one program per multiprocessor
+    likely = _likely(tokens)
+    block_t = 64 if likely >= 8192 else 32 if likely >= 4096 else 16  # about one program per multiprocessor
     padded = _padded_rank(rank)
     block_f = (128 if padded <= 32 else 64) * 2 // x.element_size()
     stages = (4 if padded <= 32 else 3) - (_little_shared_memory(x) and padded != 64)
-    _shrink[(triton.cdiv(tokens, block_t),)](
+    _launcher(_shrink, x)[(triton.cdiv(tokens, block_t),)](
         x, v, u, tokens, features, rank, scale, x.stride(0), v.stride(0), v.stride(1),
         R=padded, BLOCK_T=block_t, BLOCK_F=block_f, **_product(x), num_warps=4, num_stages=stages,
     )  # fmt: skip
@@ -131,7 +132,7 @@ def expand(
     rank = u.shape[1]
     padded = _padded_rank(rank)
     block_t, block_f = 64, 128
-    _expand[(triton.cdiv(features, block_f), triton.cdiv(tokens, block_t))](
+    _launcher(_expand, u)[(triton.cdiv(features, block_f), triton.cdiv(tokens, block_t))](
         u, v, bias, y, tokens, features, rank, scale, y.stride(0), v.stride(1), v.stride(0),
         HAS_BIAS=bias is not None, ADD=add, R=padded, BLOCK_T=block_t, BLOCK_F=block_f, **_product(u),
         num_warps=4, num_stages=1,
@@ -141,23 +142,35 @@ def expand(
 def gradient(u: torch.Tensor, z: torch.Tensor, scale: float = 1.0, transposed: bool = False) -> torch.Tensor:
     """``scale * u^T @ z`` in fp32 for ``u [T, r]`` and ``z [T, F]`` -> ``[r, F]``, or ``[F, r]`` where ``transposed``.
 
-    Tokens are split over programs by shape alone and the parts added in order, so the result is deterministic.
+    Tokens are split over programs by shape alone (in compiled code that of the first call) and the parts added in order, so
+    the result is deterministic.
     """
     (tokens, features), rank = z.shape, u.shape[1]
     padded = _padded_rank(rank)
     block_t, block_f = 64, 128 * 2 // z.element_size()
     columns = triton.cdiv(features, block_f)
-    splits = max(1, min(512 // columns, tokens // (4 * block_t)))
+    likely = _likely(tokens)
+    splits = max(1, min(512 // columns, likely // (4 * block_t)))
+    splits = triton.cdiv(likely, triton.cdiv(triton.cdiv(likely, splits), block_t) * block_t)
     rows_per_split = triton.cdiv(triton.cdiv(tokens, splits), block_t) * block_t
-    splits = triton.cdiv(tokens, rows_per_split)
     shape = (splits, features, rank) if transposed else (splits, rank, features)
     parts = torch.empty(shape, dtype=torch.float32, device=z.device)
     stride_f, stride_r = (parts.stride(1), parts.stride(2)) if transposed else (parts.stride(2), parts.stride(1))
-    _gradient[(columns, splits)](
+    _launcher(_gradient, z)[(columns, splits)](
         u, z, parts, tokens, features, rank, scale, rows_per_split, z.stride(0), parts.stride(0), stride_f, stride_r,
         R=padded, BLOCK_T=block_t, BLOCK_F=block_f, **_product(z), num_warps=4, num_stages=3,
     )  # fmt: skip
     return parts[0] if splits == 1 else parts.sum(0)
+
+
+def _launcher(kernel: Any, x: torch.Tensor) -> Any:
+    """``kernel``, to be launched on real tensors, or to be recorded where ``x`` stands for one while a graph is traced."""
+    return kernel if type(x) in (torch.Tensor, torch.nn.Parameter) else torch.library.wrap_triton(kernel)
+
+
+def _likely(size: int | torch.SymInt) -> int:
+    """``size``; of one that may change in compiled code, what it was when traced, so that no code is tied to it."""
+    return size if isinstance(size, int) else size.node.hint or 8192
 
 
 def _padded_rank(rank: int) -> int:

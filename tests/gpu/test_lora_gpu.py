@@ -1,4 +1,7 @@
-"""The Triton LoRA op on a GPU: error against fp32, whole adapted blocks, compilation, memory."""
+"""The Triton LoRA op on a GPU: error against fp32, whole adapted blocks, compilation, memory.
+
+Compiled code launches the kernels itself, for all lengths the same code, and with no pass over a result besides.
+"""
 
 from __future__ import annotations
 
@@ -84,8 +87,48 @@ def test_adapted_block_equals_plain_torch_eager_and_compiled():
             assert (value.float() - expected.float()).norm() <= 0.02 * expected.float().norm()
 
 
-def test_op_needs_no_more_memory_than_plain_torch():
+def test_compiled_code_for_many_lengths_is_as_exact_as_the_op():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    compiled = torch.compile(lora_linear, fullgraph=True, backend=counter)
+    g = torch.Generator("cuda").manual_seed(0)
+    weight = (torch.randn(512, 1024, device="cuda", generator=g) * 1024**-0.5).bfloat16()
+    lora_a = torch.randn(16, 1024, device="cuda", generator=g) * 1024**-0.5
+    lora_b = torch.randn(512, 16, device="cuda", generator=g)
+    for tokens in (4096, 700, 9000, 65, 20000, 2048):
+        x, dy = (torch.randn(tokens, n, device="cuda", generator=g).bfloat16() for n in (1024, 512))
+        args = (x, weight, None, lora_a, lora_b, dy)
+        exact = outputs(reference.lora_linear, *args, dtype=torch.float64)
+        theirs = outputs(reference.lora_linear, *args, dtype=torch.bfloat16)
+        for value, same_dtype, want in zip(outputs(compiled, *args), theirs, exact, strict=True):
+            error, baseline = ((t.double() - want).norm() / want.norm() for t in (value, same_dtype))
+            assert error <= 2 * baseline, (tokens, error, baseline)
+    assert counter.frame_count <= 2  # one length, then any
+
+
+def test_compiled_code_launches_the_kernels_itself_and_copies_nothing():
+    block = adapted_block(True)
+    compiled = torch.compile(block, fullgraph=True)
+    x = torch.randn(4096, 512, device="cuda", dtype=torch.bfloat16)
+    step(block, compiled, x)
+    with torch.profiler.profile() as trace:
+        step(block, compiled, x)
+        torch.cuda.synchronize()
+    called = {event.key for event in trace.key_averages()}
+    assert not {name for name in called if "lora_linear" in name}
+    kernels = [
+        event.name for event in trace.events() if event.device_type.name == "CUDA" and "mem" not in event.name.lower()
+    ]
+    assert sum("_shrink" in name for name in kernels) == sum("_expand" in name for name in kernels) == 6  # three layers
+    assert sum("_gradient" in name for name in kernels) == 6
+    copies = [name for name in kernels if "copy" in name.lower() and "triton" not in name]
+    assert not copies
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_op_needs_no_more_memory_than_plain_torch(compiled):
     def peak(block):
+        block = torch.compile(block) if compiled else block
         x = torch.randn(4096, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         block(x).sum().backward()
         torch.cuda.synchronize()
