@@ -132,6 +132,7 @@ def ours(workload: Workload, device: torch.device, **model_options: Any) -> Cont
     from nemo_automodel.components.distributed.grads import GradClipper
     from nemo_automodel.components.loss.linear_ce import FusedLinearCrossEntropy
     from nemo_automodel.components.training.compile import CompileConfig
+    from nemo_automodel.components.training.local_step import step_on_local_tensors
 
     peft_options = model_options.pop("peft", {})
     checkpointing = model_options.pop("activation_checkpointing", "off")
@@ -159,7 +160,8 @@ def ours(workload: Workload, device: torch.device, **model_options: Any) -> Cont
         loss.backward()
         return loss.detach()
 
-    return Contender(model, forward_backward, lambda: clipper(params), make_optimizer(model, device))
+    optimizer = step_on_local_tensors(make_optimizer(model, device))
+    return Contender(model, forward_backward, lambda: clipper(params), optimizer)
 
 
 def ours_static(workload: Workload, device: torch.device, **options: Any) -> Contender:

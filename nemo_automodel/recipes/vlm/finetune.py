@@ -17,6 +17,7 @@ import torch
 from nemo_automodel._transformers.forward import forward_loss
 from nemo_automodel._transformers.inputs import to_device
 from nemo_automodel._transformers.limits import check_data_fits
+from nemo_automodel.components.training.local_step import step_on_local_tensors
 from nemo_automodel.components.training.metrics import count_images, count_tokens
 from nemo_automodel.config import Config
 from nemo_automodel.errors import EXIT_OK, EXIT_PREEMPTED, DataError
@@ -76,7 +77,7 @@ def main(cfg: Config) -> int:
 
     # --- optimisation -----------------------------------------------------------------------------------------
     loss_fn = cfg.loss_fn.instantiate()  # a SUM over label tokens; normalised once, below
-    optimizer = cfg.optimizer.instantiate(params=params)
+    optimizer = step_on_local_tensors(cfg.optimizer.instantiate(params=params))
     lr_scheduler = cfg.lr_scheduler.instantiate(optimizer=optimizer, total_steps=schedule.total_steps)
     clip_gradients = cfg.clip_grad_norm.instantiate()
     guard = cfg.non_finite.instantiate(env=env)
