@@ -152,7 +152,7 @@ def _slices(group: TensorGroup) -> list[int]:
 
 def _copy(tensor: Tensor, stored: Stored) -> None:
     local = local_of(tensor)
-    for row, piece in pieces(stored, held(tensor)):
+    for row, piece in pieces(stored, held(tensor), pinned=local.is_cuda):
         (local.narrow(0, row, len(piece)) if piece.ndim else local).copy_(piece)
 
 

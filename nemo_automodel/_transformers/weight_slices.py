@@ -1,9 +1,14 @@
-"""Parts of tensors out of safetensors files, read from the disk and not mapped: only what is asked for takes memory."""
+"""Parts of tensors out of safetensors files, read from the disk and not mapped: only what is asked for takes memory.
+
+For a GPU several threads read a piece, into pinned memory that is used again for the next: one thread that copies from the
+page cache into fresh pages is far slower than a disk of today.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,6 +22,11 @@ from nemo_automodel.errors import ModelError
 
 PIECE_BYTES = 32 << 20
 """How much is read at a time."""
+
+_PART_BYTES = 4 << 20
+"""What one thread of several reads of it."""
+
+_THREADS = 4
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -54,10 +64,10 @@ def stored_tensors(paths: Sequence[Path]) -> dict[str, Stored]:
     return found
 
 
-def pieces(stored: Stored, region: Sequence[Intervals]) -> Iterator[tuple[int, Tensor]]:
+def pieces(stored: Stored, region: Sequence[Intervals], pinned: bool = False) -> Iterator[tuple[int, Tensor]]:
     """The part ``region`` (intervals along each dimension) of ``stored``, as (its first row, rows) of limited size.
 
-    Rows count from the start of the part. Tensors are on the CPU.
+    Rows count from the start of the part. Tensors are on the CPU, in ``pinned`` memory where that is asked for.
     """
     if not stored.shape:
         yield 0, _read(stored, 0, 1).reshape(())
@@ -68,7 +78,7 @@ def pieces(stored: Stored, region: Sequence[Intervals]) -> Iterator[tuple[int, T
     for start, stop in region[0] if count(region[0]) and row_bytes else ():
         for first in range(start, stop, step):
             rows = min(step, stop - first)
-            piece = _read(stored, first, rows)
+            piece = _read(stored, first, rows, pinned)
             for dim, intervals in enumerate(region[1:], start=1):
                 piece = take(piece, dim, intervals)
             yield done, piece
@@ -91,18 +101,31 @@ def same(first: Stored, second: Stored) -> bool:
     )
 
 
-def _read(stored: Stored, first_row: int, rows: int) -> Tensor:
+def _read(stored: Stored, first_row: int, rows: int, pinned: bool = False) -> Tensor:
     inner = stored.shape[1:]
     row_bytes = prod(inner) * stored.dtype.itemsize
-    buffer = torch.empty(rows * row_bytes, dtype=torch.uint8)
-    view, offset, done = memoryview(buffer.numpy().data), stored.offset + first_row * row_bytes, 0
+    buffer = torch.empty(rows * row_bytes, dtype=torch.uint8, pin_memory=pinned)
+    view, offset = memoryview(buffer.numpy().data), stored.offset + first_row * row_bytes
+    starts = range(0, len(view), _PART_BYTES)
     descriptor = os.open(stored.path, os.O_RDONLY)
     try:
-        while done < len(view):
-            got = os.preadv(descriptor, [view[done:]], offset + done)
-            if not got:
-                raise ModelError(f"{stored.path}: cut off while it was read; download it again")
-            done += got
+        parts = [(view[start : start + _PART_BYTES], offset + start) for start in starts]
+        with ThreadPoolExecutor(_THREADS) as pool:  # of its own: threads that were kept would not live on in a fork
+            run = pool.map if pinned and len(parts) > 1 else map
+            complete = all(list(run(lambda part: _fill(descriptor, *part), parts)))
     finally:
         os.close(descriptor)
+    if not complete:
+        raise ModelError(f"{stored.path}: cut off while it was read; download it again")
     return buffer.view(stored.dtype).reshape(rows, *inner)
+
+
+def _fill(descriptor: int, view: memoryview, offset: int) -> bool:
+    """Read ``view`` full from ``offset`` on; False where the file ends before."""
+    done = 0
+    while done < len(view):
+        got = os.preadv(descriptor, [view[done:]], offset + done)
+        if not got:
+            return False
+        done += got
+    return True
