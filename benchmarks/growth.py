@@ -102,11 +102,14 @@ def _late(began: float, device: torch.device) -> bool:
 
 
 def _mode(model: Any) -> str | None:
-    """What ``auto`` chose, read off a block."""
-    for module in model.modules():
-        recomputed = vars(module).get("forward")
-        if type(recomputed).__name__ == "_Recomputed":
-            return "selective" if "context_fn" in recomputed.options else "full"
+    """What ``auto`` chose, read off the blocks."""
+    found = [vars(module)["forward"] for module in model.modules() if "forward" in vars(module)]
+    options = [recomputed.options for recomputed in found if type(recomputed).__name__ == "_Recomputed"]
+    if options:
+        selective = sum("context_fn" in option for option in options)
+        return ", ".join(
+            f"{mode} in {n}" for mode, n in (("selective", selective), ("full", len(options) - selective)) if n
+        )
     return "full" if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) else "off"
 
 

@@ -37,7 +37,7 @@ def step(free, compile_blocks):
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
     moments = 2 * sum(p.nbytes for p in model.parameters())
-    return auto, peak, auto.estimate.total(auto.mode, BATCH.numel()) - moments
+    return auto, peak, auto.estimate.total(auto.mode, BATCH.numel(), auto.laxer) - moments
 
 
 @pytest.mark.parametrize("compile_blocks", [False, True])
@@ -50,3 +50,7 @@ def test_a_step_takes_what_was_estimated(compile_blocks):
         auto, peak, estimate = step(int(total * 1.02), compile_blocks)
         assert auto.mode == mode
         assert 0.5 * estimate < peak < 1.1 * estimate, (mode, peak, estimate)
+    halfway = (totals["selective"] + totals["full"]) / 2
+    auto, peak, estimate = step(int(halfway), compile_blocks)
+    assert (auto.mode, 3 <= auto.laxer <= 4) == ("full", True)
+    assert 0.5 * estimate < peak < 1.1 * estimate, (auto.laxer, peak, estimate)

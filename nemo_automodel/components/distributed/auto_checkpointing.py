@@ -2,6 +2,8 @@
 
 It is measured in the first training forward, on a real block and a real micro-batch, with weights as they are then: the
 forward of one block is run once more and the tensors that autograd keeps are counted. Nothing is learned from names.
+
+Between two modes, as many blocks as fit keep more than the others: the last ones, whose backward comes first and frees it.
 """
 
 from __future__ import annotations
@@ -44,13 +46,24 @@ class Estimate:
     fixed: int
     tokens: int
 
-    def total(self, mode: str, tokens: int) -> float:
-        """Bytes under ``mode`` for a micro-batch of ``tokens``; what blocks keep grows with them."""
-        return self.fixed + (self.kept[mode] * self.blocks + self.working) * tokens / self.tokens
+    def total(self, mode: str, tokens: int, laxer: int = 0) -> float:
+        """Bytes under ``mode``, ``laxer`` blocks under the one before it, for a micro-batch of ``tokens``; what blocks keep grows with them."""
+        kept = self.kept[mode] * self.blocks + self._more(mode) * laxer
+        return self.fixed + (kept + self.working) * tokens / self.tokens
+
+    def laxer(self, mode: str, tokens: int, budget: float) -> int:
+        """How many blocks may keep what the mode before ``mode`` keeps, within ``budget`` bytes."""
+        room, each = budget - self.total(mode, tokens), self._more(mode) * tokens / self.tokens
+        return min(self.blocks - 1, int(room / each)) if room > 0 and each > 0 else 0
+
+    def _more(self, mode: str) -> int:
+        """Bytes that a block keeps more under the mode before ``mode``; 0 where that was not measured."""
+        before = MODES[max(0, MODES.index(mode) - 1)]
+        return self.kept.get(before, self.kept[mode]) - self.kept[mode]
 
 
 class AutoCheckpointing:
-    """Chooses ``off``, ``selective`` or ``full`` for ``blocks`` of ``model`` in its first training forward.
+    """Chooses ``off``, ``selective`` or ``full``, or a mix of two that follow each other, for ``blocks`` of ``model`` in its first training forward.
 
     Args:
         model: The model, not yet sharded. A later, larger micro-batch may make the choice stricter.
@@ -78,7 +91,8 @@ class AutoCheckpointing:
         self._free = free or (lambda: free_bytes(device))
         self._blocks = _largest_kind(blocks)
         self._tokens = 1
-        self.mode: str | None = None
+        self.mode: str | None = None  # the strictest in use
+        self.laxer = 0  # of the last blocks, under the mode before it
         self.estimate: Estimate | None = None
         sizes = [_weights(block) for block in self._blocks]
         measured = self._blocks[sizes.index(max(sizes))]
@@ -92,10 +106,9 @@ class AutoCheckpointing:
         tokens = inputs.shape[:2].numel() if isinstance(inputs, Tensor) else 1
         if self.estimate is not None and tokens > self._tokens and torch.is_grad_enabled():
             self._tokens = tokens
-            stricter = [mode for mode in MODES if MODES.index(mode) > MODES.index(self.mode or "full")]
-            known = [mode for mode in stricter if mode in self.estimate.kept]
-            if known and self.estimate.total(self.mode or "off", tokens) > self._budget:
-                self._apply(next((m for m in known if self.estimate.total(m, tokens) <= self._budget), known[-1]))
+            mode = self.mode or "off"
+            if mode in self.estimate.kept and self.estimate.total(mode, tokens, self.laxer) > self._budget:
+                self._apply(*self._plan([m for m in MODES[MODES.index(mode) :] if m in self.estimate.kept]))
                 self._say()
         elif self.estimate is None:
             self._tokens = tokens
@@ -127,16 +140,28 @@ class AutoCheckpointing:
                 estimate.working = kept["off"]
             if estimate.total(mode, self._tokens) <= self._budget or mode == MODES[-1]:
                 break
-        index = torch.tensor(MODES.index(mode), device=self._device)
+        mode, laxer = self._plan([mode])
+        each = len(self._blocks) + 1
+        strictness = torch.tensor(MODES.index(mode) * each - laxer, device=self._device)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(index, dist.ReduceOp.MAX)  # the rank with the least room decides for all
-        self._apply(MODES[int(index)])
+            dist.all_reduce(strictness, dist.ReduceOp.MAX)  # the rank with the least room decides for all
+        index = -(-int(strictness) // each)
+        self._apply(MODES[index], index * each - int(strictness))
 
-    def _apply(self, mode: str) -> None:
+    def _plan(self, modes: Sequence[str]) -> tuple[str, int]:
+        """The first of ``modes`` that fits, else the last, and how many blocks may be laxer."""
+        assert self.estimate is not None
+        e, tokens = self.estimate, self._tokens
+        mode = next((m for m in modes if e.total(m, tokens) <= self._budget), modes[-1])
+        return mode, e.laxer(mode, tokens, self._budget)
+
+    def _apply(self, mode: str, laxer: int = 0) -> None:
         for block in self._blocks:
             block.__dict__.pop("forward", None)  # the class's own, where an earlier choice replaced it
-        checkpoint_activations(self._blocks, mode)
-        self.mode = mode
+        strict = len(self._blocks) - laxer
+        checkpoint_activations(self._blocks[:strict], mode)
+        checkpoint_activations(self._blocks[strict:], MODES[max(0, MODES.index(mode) - 1)])
+        self.mode, self.laxer = mode, laxer
 
     def _say(self) -> None:
         assert self.estimate is not None
@@ -145,9 +170,11 @@ class AutoCheckpointing:
         if self.mode not in e.kept:  # another rank's choice
             e.kept[self.mode] = e.kept["full"]
         tries = ", ".join(f"{m} {e.total(m, self._tokens) / GIB:.1f}" for m in MODES if m in e.kept)
+        before = MODES[max(0, MODES.index(self.mode) - 1)]
+        mixed = f", {before} in the last {self.laxer} of {e.blocks} blocks" if self.laxer else ""
         logger.info(
-            "activation checkpointing: %s (auto: a step of %d tokens needs, in GiB, %s; free are %.1f; %d blocks keep %s MiB each)",
-            self.mode, self._tokens, tries, self._budget / GIB, e.blocks, f"{e.kept[self.mode] / 2**20:,.1f}",
+            "activation checkpointing: %s%s (auto: a step of %d tokens needs, in GiB, %s; free are %.1f; %d blocks keep %s MiB each)",
+            self.mode, mixed, self._tokens, tries, self._budget / GIB, e.blocks, f"{e.kept[self.mode] / 2**20:,.1f}",
         )  # fmt: skip
 
     def _fixed_bytes(self) -> int:

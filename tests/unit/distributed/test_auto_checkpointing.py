@@ -111,6 +111,28 @@ def test_a_larger_micro_batch_may_make_it_stricter(caplog):
     assert "full (auto: a step of 512 tokens" in caplog.records[-1].getMessage()
 
 
+@pytest.mark.parametrize(("lax", "strict"), [("off", "selective"), ("selective", "full")])
+def test_between_two_modes_the_last_blocks_keep_what_there_is_room_for(lax, strict, caplog):
+    plain, _ = build()
+    plain(input_ids=BATCH, labels=BATCH, use_cache=False).loss.backward()
+    limit = limits()
+    each = (limit[lax] - limit[strict]) / 6
+    model, auto = build(int(limit[strict] + 2.5 * each))
+    with caplog.at_level(logging.INFO):
+        model(input_ids=BATCH, labels=BATCH, use_cache=False)
+    assert (auto.mode, auto.laxer) == (strict, 2)
+    assert f"activation checkpointing: {strict}, {lax} in the last 2 of 6 blocks (auto: a step" in caplog.text
+    kept = kept_bytes(model)
+    assert kept == pytest.approx((measured(lax, 6) * 2 + measured(strict, 6) * 4) / 6, rel=0.02)
+    model.zero_grad()
+    model(input_ids=BATCH, labels=BATCH, use_cache=False).loss.backward()
+    for found, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(found.grad, expected.grad)
+    model(input_ids=torch.cat([BATCH, BATCH[:, :8]], dim=1), use_cache=False)  # a little larger
+    assert (auto.mode, auto.laxer) in ((strict, 1), (strict, 0), ("full", 5), ("full", 4))
+    assert auto.laxer != 2
+
+
 def test_evaluation_decides_nothing_and_random_numbers_are_not_drawn():
     model, auto = build(10**12)
     with torch.no_grad():
