@@ -29,7 +29,7 @@ from tests.unit.checkpoint.runs import GlobalRNG, Schedule
 
 RECIPE = str(ROOT / "nemo_automodel/recipes/llm/finetune.py")
 MANAGERS = {
-    "FSDP4": lambda env: FSDP2Manager(env=env),
+    "FSDP4": lambda env: FSDP2Manager(env=env),  # or as many ranks as there are
     "FSDP2xTP2": lambda env: FSDP2Manager(env=env, tp_size=2),
     "TP4": lambda env: FSDP2Manager(env=env, tp_size=4),
     "HSDP": lambda env: FSDP2Manager(env=env, dp_replicate_size=2),
@@ -41,10 +41,10 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def build(env, layout, peft, seed):
+def build(env, layout, peft, seed, dtype="float32"):
     torch.manual_seed(seed)
     config = tiny_config("llama", num_key_value_heads=4, tie_word_embeddings=peft is None)
-    model = NeMoAutoModelForCausalLM.from_config(config, dtype="float32", peft=peft, distributed=MANAGERS[layout](env))
+    model = NeMoAutoModelForCausalLM.from_config(config, dtype=dtype, peft=peft, distributed=MANAGERS[layout](env))
     model.config._name_or_path = "acme/base"
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
@@ -100,6 +100,34 @@ def between_layouts(root: str) -> None:
 
 def test_every_layout_restores_what_any_other_saved(tmp_path):
     torchrun("tests.ranks.test_elastic:between_layouts", 4, tmp_path, timeout=400)
+
+
+def lora_in_bf16(root: str, stage: str) -> None:
+    """fp32 adapters on a bf16 base: outside FSDP2 on one rank, sharded on more."""
+    env, peft = DistEnv(), PeftConfig(match_all_linear=True, dim=3, use_dora=True)
+    state = build(env, "FSDP4", peft, seed=1, dtype="bfloat16")
+    assert all(isinstance(p, DTensor) is (env.world_size > 1) for p in state.model.parameters() if p.requires_grad)
+    if stage == "save":
+        step(state)
+        step(state)
+        Checkpointer(env, root).save(state)
+        saved = numbers(state)
+        if env.rank == 0:
+            torch.save(saved, f"{root}/numbers.pt")
+    else:
+        assert Checkpointer(env, root, restore_from="latest").restore(state)
+        restored, saved = numbers(state), torch.load(f"{root}/numbers.pt")
+        assert restored.keys() == saved.keys()
+        for name, tensor in saved.items():
+            assert torch.equal(restored[name], tensor), name
+        step(state)
+    env.shutdown()
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_adapters_move_between_one_rank_and_two(before, after, tmp_path):
+    torchrun("tests.ranks.test_elastic:lora_in_bf16", before, tmp_path, "save")
+    torchrun("tests.ranks.test_elastic:lora_in_bf16", after, tmp_path, "restore")
 
 
 LAYOUTS = {

@@ -18,6 +18,8 @@ from nemo_automodel.kernels.lora import lora_linear, runs_on
 class LoRAWeight(nn.Module):
     """One low-rank factor, ``.weight``. Not an ``nn.Linear``, so that no model's own initialisation touches it."""
 
+    cast_where_used = ("weight",)
+
     def __init__(self, rows: int, cols: int, init: str, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.init = init
@@ -56,6 +58,7 @@ class LoRALinear(nn.Module):
     lora_dropout_position: str
     lora_use_triton: bool
     lora_transposed: bool
+    cast_where_used = ("lora_magnitude_vector",)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in]`` -> ``[..., out]``."""

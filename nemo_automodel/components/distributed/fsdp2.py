@@ -1,7 +1,11 @@
 """FSDP2: parameters sharded over the data-parallel ranks, one decoder block at a time.
 
 One device goes through the same code: a mesh of one shards and communicates nothing, and leaves out weights that need no
-cast, but keeps the same dtypes (weights stored in their own, computed with in ``compute_dtype``).
+cast, but keeps the same dtypes (weights stored in their own, computed with in ``compute_dtype``). What FSDP2 does for a block
+costs the host more than a millisecond a step, so a block in which nothing is left to do is no unit of it.
+
+A module may say that it casts weights of its own to the dtype of the activations wherever it uses them, by their names:
+``cast_where_used = ("weight",)``. Adapters do.
 """
 
 from __future__ import annotations
@@ -115,8 +119,8 @@ class FSDP2Manager(MeshManager):
         Parameters keep the dtype they have (that is what the optimizer updates) and are cast to ``compute_dtype``
         when gathered. Gradients are summed over ranks in ``reduce_dtype``, never divided: the loss is already
         normalised by the global number of label tokens. Between the micro-batches of a step gradients add up in
-        ``reduce_dtype`` too, except on one rank where weights are kept in ``compute_dtype`` themselves (pure bf16):
-        there torch adds them in it.
+        ``reduce_dtype`` too, except on one rank those of weights that need no cast (pure bf16; fp32 adapters): there
+        torch adds them in the weight's own dtype.
         """
         if not self.offload and not any(p.is_meta for p in model.parameters()):
             model.to(self.device)
@@ -163,7 +167,7 @@ def shard(
     # 1 would only cost a pass over all gradients.
     alone = mesh.size() == 1
     offloaded = isinstance(offload, CPUOffloadPolicy)
-    left_out = {p for p in model.parameters() if alone and not offloaded and p.dtype == compute_dtype}
+    left_out = _in_no_need(model, compute_dtype) if alone and not offloaded else set()
     options: dict[str, Any] = {
         "mp_policy": policy,
         "ignored_params": left_out,
@@ -173,12 +177,41 @@ def shard(
     for expert in experts:
         fully_shard(expert, mesh=expert_mesh, reshard_after_forward=reshard, **options)
     for block in _self_contained(model, blocks):
+        if left_out.issuperset(block.parameters()):
+            if policy.param_dtype is not None:
+                _cast_inputs_of(block, policy.param_dtype)
+            continue
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard and block is not blocks[-1], **options)
     fully_shard(model, mesh=mesh, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule) and not alone:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _in_no_need(model: nn.Module, compute_dtype: torch.dtype) -> set[nn.Parameter]:
+    """The parameters of ``model`` that FSDP2 need not cast to ``compute_dtype``."""
+    casting = [(m, getattr(m, "cast_where_used", ())) for m in model.modules()]
+    cast = {p for m, names in casting for name, p in m.named_parameters(recurse=False) if name in names}
+    return {p for p in model.parameters() if p.dtype == compute_dtype or p in cast}
+
+
+def _cast_inputs_of(block: nn.Module, dtype: torch.dtype) -> None:
+    """Let floating tensors among the inputs of ``block`` come in ``dtype``, as they do where FSDP2 manages it."""
+
+    @torch.compiler.disable  # compiled, three casts that do nothing would cost more than the check that they do
+    def cast(_: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return _cast(args, dtype), _cast(kwargs, dtype)
+
+    block.register_forward_pre_hook(cast, prepend=True, with_kwargs=True)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if type(value) in (tuple, list):
+        return type(value)(_cast(v, dtype) for v in value)
+    return {key: _cast(v, dtype) for key, v in value.items()} if type(value) is dict else value
 
 
 def _self_contained(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
