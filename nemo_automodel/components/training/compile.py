@@ -71,9 +71,34 @@ class CompileConfig:
         if not self.wanted(device):
             return False
         keep_compiled_code(self.cache_dir)
+        take_gradients_at_the_first(blocks)
         for block in blocks:
             block.compile(mode=self.mode, fullgraph=self.fullgraph, dynamic=self.dynamic)
         return True
+
+
+def take_gradients_at_the_first(blocks: Sequence[nn.Module]) -> None:
+    """Let the first of ``blocks`` of each class take its input as one that needs a gradient, where it trains weights itself.
+
+    Under LoRA nothing before it is trained, so that its backward, which ends at its first adapters, would be a compilation of
+    its own. Now it is that of the others; going on to the input costs a thousandth of a step.
+    """
+    kinds: dict[type, list[nn.Module]] = {}
+    for block in blocks:
+        kinds.setdefault(type(block), []).append(block)
+    for members in kinds.values():
+        if len(members) > 1:
+            members[0].register_forward_pre_hook(_needs_gradient)
+
+
+@torch.compiler.disable
+def _needs_gradient(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    if not args or not isinstance(args[0], torch.Tensor) or not torch.is_grad_enabled() or not block.training:
+        return None
+    hidden, *others = args
+    if hidden.requires_grad or not hidden.is_floating_point() or not any(p.requires_grad for p in block.parameters()):
+        return None
+    return (hidden.detach().requires_grad_(), *others)
 
 
 def keep_compiled_code(directory: str | None = None) -> None:

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import constants
 from torch import nn
 
-from nemo_automodel.components.training.compile import CompileConfig, _fingerprint
+from nemo_automodel.components.training.compile import CompileConfig, _fingerprint, take_gradients_at_the_first
 
 
 class Block(nn.Module):
@@ -50,6 +50,48 @@ def test_blocks_share_one_compilation_and_compute_the_same():
     torch.testing.assert_close(blocks(x), expected)
     assert list(blocks.state_dict()) == names
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+class Adapted(Block):
+    """A block whose weight is frozen, with an adapter."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear.requires_grad_(False)
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_first_adapted_block_is_compiled_as_the_others_are(shared):
+    torch.manual_seed(0)
+    blocks, x = nn.Sequential(*[Adapted() for _ in range(4)]), torch.randn(3, 8)
+    blocks(x).sum().backward()
+    expected = [block.scale.grad for block in blocks]
+    blocks.zero_grad()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    if shared:
+        take_gradients_at_the_first(list(blocks))
+    for block in blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    blocks(x).sum().backward()
+    for block, gradient in zip(blocks, expected, strict=True):
+        torch.testing.assert_close(block.scale.grad, gradient)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 if shared else 2)
+    assert not x.requires_grad
+
+
+def test_a_first_block_that_trains_nothing_goes_no_further_back():
+    blocks = nn.Sequential(Adapted(), Adapted())
+    blocks[0].requires_grad_(False)
+    take_gradients_at_the_first(list(blocks))
+    seen = []
+    blocks[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].requires_grad))
+    blocks(torch.randn(3, 8))
+    assert seen == [False]
 
 
 _START = """
