@@ -34,10 +34,10 @@ lint: $(STAMP)
 
 # Every kind of test, big matrices by a fixed sample.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not full"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu and not full"
 
 test-all: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu"
 
 # Pins hold but for transformers and what it asks other versions of.
 $(OTHER)/.installed: pyproject.toml constraints.txt
@@ -51,7 +51,7 @@ $(OTHER)/.installed: pyproject.toml constraints.txt
 
 test-transformers: $(OTHER)/.installed
 	$(OTHER)/bin/python -c "import transformers, torch; print('transformers', transformers.__version__, 'torch', torch.__version__)"
-	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest -n $(JOBS) -m "not gpu and not full" $(TRANSFORMERS_TESTS)
+	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu and not full" $(TRANSFORMERS_TESTS)
 
 test-gpu:
 	python3 -m pytest tests/gpu -m gpu

@@ -6,6 +6,8 @@ Unmarked: a sample. All registered architectures: ``-m full``, or ``automodel co
 from __future__ import annotations
 
 import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -49,10 +51,16 @@ def in_its_own_process(kind: str, model_type: str) -> Row:
     return row
 
 
+_FRESH = multiprocessing.get_context("forkserver")
+_FRESH.set_forkserver_preload(["nemo_automodel._transformers.coverage", "peft"])
+"""What forks for the command, a process that ran nothing else; this one may have run recipes, whose threads a fork loses."""
+
+
 @pytest.fixture
 def measured(kind: str, model_type: str, record_property: Any) -> Row:
     """The row of one architecture, which is also in the report of the run (``--junitxml``)."""
-    row = in_its_own_process(kind, model_type)
+    with ProcessPoolExecutor(1, mp_context=_FRESH) as pool:
+        row = pool.submit(in_its_own_process, kind, model_type).result()
     record_property("coverage", json.dumps(asdict(row)))
     return row
 
