@@ -180,7 +180,9 @@ def _run_chunks(hidden, weight, bias, labels, label_indices, options, needs):
     loss = hidden.new_empty(n, dtype=torch.float32)
     rows_of = cross_entropy_rows if options.vocab_group is None else partial(_sharded_rows, group=options.vocab_group)
     stride = -(-vocab_size // _COLUMN_MULTIPLE) * _COLUMN_MULTIPLE
-    buffer = hidden.new_empty(min(rows, n), stride)[:, :vocab_size]
+    buffer = hidden.new_empty(min(rows, n), stride)
+    buffer[:, vocab_size:] = 0  # a bf16 product on a CPU reads whole tiles, and NaN times 0 is NaN
+    buffer = buffer[:, :vocab_size]
     for start in range(0, n, rows):
         chunk = slice(start, min(start + rows, n))
         logits = buffer[: chunk.stop - start]

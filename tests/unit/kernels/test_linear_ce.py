@@ -72,6 +72,18 @@ def test_bf16_error_is_at_most_twice_torch_own(softcap):
         assert relative_error(actual, expected) <= 2 * relative_error(plain, expected) + 1e-7
 
 
+def test_what_was_in_memory_before_is_in_no_result():
+    hidden, weight, bias, labels = problem(torch.bfloat16, bias=True, rows=256)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills memory that is not initialised with NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        for found in loss_and_grads(lambda *t: linear_cross_entropy(*t, labels), (hidden, weight, bias)):
+            assert found.isfinite().all()
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def test_label_indices_give_what_the_labels_give():
     hidden, weight, bias, labels = problem(bias=True)
     indices = (labels != -100).nonzero().squeeze(1)
