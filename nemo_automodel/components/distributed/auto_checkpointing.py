@@ -47,7 +47,10 @@ class Estimate:
     tokens: int
 
     def total(self, mode: str, tokens: int, laxer: int = 0) -> float:
-        """Bytes under ``mode``, ``laxer`` blocks under the one before it, for a micro-batch of ``tokens``; what blocks keep grows with them."""
+        """Bytes for a micro-batch of ``tokens``, ``laxer`` blocks under the mode before ``mode`` and the others under it.
+
+        What blocks keep grows with the tokens.
+        """
         kept = self.kept[mode] * self.blocks + self._more(mode) * laxer
         return self.fixed + (kept + self.working) * tokens / self.tokens
 
@@ -63,7 +66,7 @@ class Estimate:
 
 
 class AutoCheckpointing:
-    """Chooses ``off``, ``selective`` or ``full``, or a mix of two that follow each other, for ``blocks`` of ``model`` in its first training forward.
+    """Chooses ``off``, ``selective`` or ``full``, or a mix of two neighbours, for ``blocks`` in the first training forward.
 
     Args:
         model: The model, not yet sharded. A later, larger micro-batch may make the choice stricter.
