@@ -119,7 +119,7 @@ def test_the_example_trains_and_its_files_are_transformers_own(hub, tmp_path, ex
     assert len(losses) == STEPS
     assert last < losses[0]
 
-    image_text = "ImageTextToText" in config["model"]["_target_"]
+    image_text = "ImageTextToText" in config["model"].get("_target_", "")
     auto_class: Any = AutoModelForImageTextToText if image_text else AutoModelForCausalLM
     plain = auto_class.from_pretrained(base, dtype=torch.float32)
     assert losses[0] == pytest.approx(oracle(plain, base, config, tmp_path / "chats.jsonl"), rel=TOLERANCE)
