@@ -61,8 +61,7 @@ class Estimate:
 
     def _more(self, mode: str) -> int:
         """Bytes that a block keeps more under the mode before ``mode``; 0 where that was not measured."""
-        before = MODES[max(0, MODES.index(mode) - 1)]
-        return self.kept.get(before, self.kept[mode]) - self.kept[mode]
+        return self.kept.get(_before(mode), self.kept[mode]) - self.kept[mode]
 
 
 class AutoCheckpointing:
@@ -163,7 +162,7 @@ class AutoCheckpointing:
             block.__dict__.pop("forward", None)  # the class's own, where an earlier choice replaced it
         strict = len(self._blocks) - laxer
         checkpoint_activations(self._blocks[:strict], mode)
-        checkpoint_activations(self._blocks[strict:], MODES[max(0, MODES.index(mode) - 1)])
+        checkpoint_activations(self._blocks[strict:], _before(mode))
         self.mode, self.laxer = mode, laxer
 
     def _say(self) -> None:
@@ -173,8 +172,7 @@ class AutoCheckpointing:
         if self.mode not in e.kept:  # another rank's choice
             e.kept[self.mode] = e.kept["full"]
         tries = ", ".join(f"{m} {e.total(m, self._tokens) / GIB:.1f}" for m in MODES if m in e.kept)
-        before = MODES[max(0, MODES.index(self.mode) - 1)]
-        mixed = f", {before} in the last {self.laxer} of {e.blocks} blocks" if self.laxer else ""
+        mixed = f", {_before(self.mode)} in the last {self.laxer} of {e.blocks} blocks" if self.laxer else ""
         logger.info(
             "activation checkpointing: %s%s (auto: a step of %d tokens needs, in GiB, %s; free are %.1f; %d blocks keep %s MiB each)",
             self.mode, mixed, self._tokens, tries, self._budget / GIB, e.blocks, f"{e.kept[self.mode] / 2**20:,.1f}",
@@ -196,6 +194,11 @@ class AutoCheckpointing:
             fixed += 2 * rows * weight.shape[0] * self._compute_dtype.itemsize
             fixed += 6 * weight.numel() if weight.requires_grad else 0  # its gradient, summed in fp32 and cast
         return fixed
+
+
+def _before(mode: str) -> str:
+    """The next laxer mode; ``off`` where there is none."""
+    return MODES[max(0, MODES.index(mode) - 1)]
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -116,7 +116,7 @@ def test_blocks_are_no_units_and_compute_what_units_compute(family, env, tmp_pat
 
 
 def test_micro_batches_add_up_in_fp32(env, tmp_path):
-    parts, total = [], None
+    parts = []
     for micro_batches in ([0], [1], [0, 1]):
         model, inputs, manager = build(env, "llama", tmp_path, PeftConfig(**LLAMA, use_dora=True))
         for i in micro_batches:
