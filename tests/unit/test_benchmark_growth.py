@@ -51,8 +51,8 @@ def test_lengths_are_tried_with_every_activation_computed_again(kind, contender,
     assert growth.main(["--cpu", "--longest", kind, "--out", str(tmp_path)]) == 0, capfd.readouterr()
     rows = json.loads((tmp_path / "longest-cpu.json").read_text())["rows"]
     assert [(row["contender"], row["sequence"], row["checkpointing"]) for row in rows] == [
-        (contender, 128, "full"),
-        (contender, 256, "full"),
+        (contender, 128, "full in 2"),
+        (contender, 256, "full in 2"),
     ]
 
 
