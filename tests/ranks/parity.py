@@ -6,6 +6,7 @@ A cell is a parallel layout, an adapter or none, a model and padded or packed ro
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -291,10 +292,13 @@ def main(root: str, cells: str, results: str) -> None:
     """Run ``cells`` (a JSON file) and write, on rank 0, what each came to (another JSON file)."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     found = {}
-    for fields in json.loads(Path(cells).read_text()):
+    for number, fields in enumerate(json.loads(Path(cells).read_text())):
         cell = Cell(**fields)
+        # Groups of its own for each cell: those of all cells together come to a thousand threads a rank, which wake for nothing.
+        dist.init_process_group(backend, init_method=f"file://{root}/group_{number}", rank=rank, world_size=size)
         try:
             got = run_cell(cell, Path(root))
             expected = torch.load(Path(root) / f"oracle_{cell.oracle}.pt", weights_only=True)
@@ -304,9 +308,11 @@ def main(root: str, cells: str, results: str) -> None:
         except Exception as error:  # the next cell is still of interest
             found[cell.name] = asdict(cell) | {"error": f"{type(error).__name__}: {error}"}
             traceback.print_exc()
-        if dist.get_rank() == 0:
+        if rank == 0:
             Path(results).write_text(json.dumps(found, indent=1))
-    dist.destroy_process_group()
+        dist.barrier()
+        dist.destroy_process_group()
+        gc.collect()
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def checkpoint_activations(blocks: Sequence[nn.Module], mode: str) -> None:
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     for block in blocks:
-        block.forward = _Recomputed(block.forward, options)
+        block.forward = _Recomputed(block, options)
 
 
 def keep_activations(blocks: Sequence[nn.Module]) -> None:
@@ -54,15 +54,16 @@ def keep_activations(blocks: Sequence[nn.Module]) -> None:
 
 
 class _Recomputed:
-    """A block's forward, run again in backward where gradients are wanted."""
+    """The forward of a block's class, whichever that is by then, run again in backward where gradients are wanted."""
 
-    def __init__(self, forward: Any, options: dict[str, Any]):
-        self.forward, self.options = forward, options
+    def __init__(self, block: nn.Module, options: dict[str, Any]):
+        self.block, self.options = block, options
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = type(self.block).forward
         if not torch.is_grad_enabled():
-            return self.forward(*args, **kwargs)
-        return checkpoint(self.forward, *args, **self.options, **kwargs)
+            return forward(self.block, *args, **kwargs)
+        return checkpoint(forward, self.block, *args, **self.options, **kwargs)
 
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_automodel.components.distributed.activation_checkpointing import MODES, checkpoint_activations, keeps
+from nemo_automodel.components.distributed.cast_weights import casts
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +34,12 @@ class Estimate:
     """Bytes that a training step will need on top of what is allocated when the first block runs.
 
     Attributes:
-        kept: Mode -> what one block keeps for its backward, as far as it was measured.
+        kept: Mode -> what one block keeps for its backward, as far as it was measured; casts of its weights aside.
         blocks: How many blocks there are.
         working: What one block needs while its backward runs.
-        fixed: Gradients, optimizer state, casts of weights, logits.
+        fixed: Gradients, optimizer state, casts of other weights, logits.
         tokens: Of the micro-batch measured.
+        casts: Of one block's weights, where it casts them itself: kept under ``off``, made again under the others.
     """
 
     kept: dict[str, int]
@@ -45,23 +47,28 @@ class Estimate:
     working: int
     fixed: int
     tokens: int
+    casts: int = 0
 
     def total(self, mode: str, tokens: int, laxer: int = 0) -> float:
         """Bytes for a micro-batch of ``tokens``, ``laxer`` blocks under the mode before ``mode`` and the others under it.
 
-        What blocks keep grows with the tokens.
+        What blocks keep grows with the tokens, but for casts of weights.
         """
-        kept = self.kept[mode] * self.blocks + self._more(mode) * laxer
-        return self.fixed + (kept + self.working) * tokens / self.tokens
+        kept = self._kept(mode, tokens) * self.blocks + self._more(mode, tokens) * laxer
+        return self.fixed + kept + self.working * tokens / self.tokens
 
     def laxer(self, mode: str, tokens: int, budget: float) -> int:
         """How many blocks may keep what the mode before ``mode`` keeps, within ``budget`` bytes."""
-        room, each = budget - self.total(mode, tokens), self._more(mode) * tokens / self.tokens
+        room, each = budget - self.total(mode, tokens), self._more(mode, tokens)
         return min(self.blocks - 1, int(room / each)) if room > 0 and each > 0 else 0
 
-    def _more(self, mode: str) -> int:
+    def _kept(self, mode: str, tokens: int) -> float:
+        return self.kept[mode] * tokens / self.tokens + (self.casts if mode == "off" else 0)
+
+    def _more(self, mode: str, tokens: int) -> float:
         """Bytes that a block keeps more under the mode before ``mode``; 0 where that was not measured."""
-        return self.kept.get(_before(mode), self.kept[mode]) - self.kept[mode]
+        before = _before(mode)
+        return self._kept(before, tokens) - self._kept(mode, tokens) if before in self.kept else 0
 
 
 class AutoCheckpointing:
@@ -92,7 +99,7 @@ class AutoCheckpointing:
         self._compute_dtype, self._keeps_casts = compute_dtype, keeps_casts
         self._free = free or (lambda: free_bytes(device))
         self._blocks = _largest_kind(blocks)
-        self._tokens = 1
+        self._tokens, self._fixed = 1, 0
         self.mode: str | None = None  # the strictest in use
         self.laxer = 0  # of the last blocks, under the mode before it
         self.estimate: Estimate | None = None
@@ -114,6 +121,7 @@ class AutoCheckpointing:
                 self._say()
         elif self.estimate is None:
             self._tokens = tokens
+            self._fixed = self._fixed_bytes()  # here, where weights are still in the dtype that they are stored in
 
     def _first_forward(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled() or not block.training:
@@ -133,12 +141,14 @@ class AutoCheckpointing:
         self._budget = free
         kept: dict[str, int] = {}
         inputs = sum(t.nbytes for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point())
-        estimate = self.estimate = Estimate(kept, len(self._blocks), 0, self._fixed_bytes(), self._tokens)
+        own = sum(weight.numel() for weight in casts(block)) * self._compute_dtype.itemsize
+        estimate = self.estimate = Estimate(kept, len(self._blocks), 0, self._fixed, self._tokens, own)
         kept["full"] = inputs
         for mode in MODES:
             if mode != "full":
                 kept[mode] = _kept_by(block, args, kwargs, mode, self._compiled)
             if mode == "off":
+                kept[mode] = max(0, kept[mode] - own)
                 estimate.working = kept["off"]
             if estimate.total(mode, self._tokens) <= self._budget or mode == MODES[-1]:
                 break
@@ -179,13 +189,16 @@ class AutoCheckpointing:
         )  # fmt: skip
 
     def _fixed_bytes(self) -> int:
-        """Gradients and two moments in the weights' own dtype, casts of sharded weights, and the loss."""
+        """Gradients and two moments in the weights' own dtype, casts that no block measured makes, and the loss."""
         fixed = 0
+        measured = set().union(*map(casts, self._blocks))
+        others = set().union(*map(casts, self._model.modules()))
         for parameter in self._model.parameters():
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             if parameter.requires_grad:
                 fixed += 3 * local.nbytes
-            if self._keeps_casts and isinstance(parameter, DTensor) and parameter.dtype != self._compute_dtype:
+            cast = parameter.dtype != self._compute_dtype and (isinstance(parameter, DTensor) or parameter in others)
+            if self._keeps_casts and cast and parameter not in measured:
                 fixed += parameter.numel() * self._compute_dtype.itemsize
         head = getattr(self._model, "get_output_embeddings", lambda: None)()
         weight = next(iter(head.parameters()), None) if head is not None else None

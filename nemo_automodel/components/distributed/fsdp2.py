@@ -1,8 +1,9 @@
 """FSDP2: parameters sharded over the data-parallel ranks, one decoder block at a time.
 
-One device goes through the same code: a mesh of one shards and communicates nothing, and leaves out weights that need no
-cast, but keeps the same dtypes (weights stored in their own, computed with in ``compute_dtype``). What FSDP2 does for a block
-costs the host more than a millisecond a step, so a block in which nothing is left to do is no unit of it.
+One device goes through the same code: a mesh of one shards and communicates nothing, but keeps the same dtypes (weights
+stored in their own, computed with in ``compute_dtype``). What FSDP2 does for a block costs the host more than a millisecond
+a step, and the device five copies of its weights, so there weights are cast in the forward that uses them
+(``cast_weights``) and no block is a unit of it.
 
 A module may say that it casts weights of its own to the dtype of the activations wherever it uses them, by their names:
 ``cast_where_used = ("weight",)``. Adapters do.
@@ -20,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from nemo_automodel.components.distributed.activation_checkpointing import require_mode
+from nemo_automodel.components.distributed.cast_weights import can_be_cast, cast_in_call, cast_in_forward
 from nemo_automodel.components.distributed.expert_parallel import ParallelExperts
 from nemo_automodel.components.distributed.mesh import (
     MeshManager,
@@ -55,9 +57,9 @@ class FSDP2Manager(MeshManager):
             all but matrix products and attention, ``full`` each block whole; ``auto`` the least that fits, measured on
             the first micro-batch. Default off.
         reshard_after_forward: Free a block's gathered weights after its forward and gather them again for its
-            backward. Default true; on one rank false, since all it could free are the casts to ``compute_dtype``.
-            False trades memory for one all-gather (or cast) a block. The last block always keeps them: its backward
-            comes next.
+            backward. Default true; on one rank false, since all it could free are the casts to ``compute_dtype``; true
+            frees them there, through FSDP2. False trades memory for one all-gather (or cast) a block. The last block
+            always keeps them: its backward comes next.
         reduce_dtype: What gradients are summed over ranks in: ``float32`` (default) or ``bfloat16``.
         prefetch: How many blocks ahead weights are gathered explicitly; 0 (default) leaves it to the order in which
             the host issues the work, which is enough where the host runs ahead of the device.
@@ -119,8 +121,7 @@ class FSDP2Manager(MeshManager):
         Parameters keep the dtype they have (that is what the optimizer updates) and are cast to ``compute_dtype``
         when gathered. Gradients are summed over ranks in ``reduce_dtype``, never divided: the loss is already
         normalised by the global number of label tokens. Between the micro-batches of a step gradients add up in
-        ``reduce_dtype`` too, except on one rank those of weights that need no cast (pure bf16; fp32 adapters): there
-        torch adds them in the weight's own dtype.
+        ``reduce_dtype`` too, except on one rank, where torch adds them in the weight's own dtype.
         """
         if not self.offload and not any(p.is_meta for p in model.parameters()):
             model.to(self.device)
@@ -163,11 +164,17 @@ def shard(
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtypes == {compute_dtype} else compute_dtype, reduce_dtype=reduce_dtype
     )
-    # One rank has nothing to gather or to sum: weights that need no cast stay out of it, and a gradient factor of
-    # 1 would only cost a pass over all gradients.
+    # One rank has nothing to gather or to sum: weights stay out of it, and a gradient factor of 1 would only cost a
+    # pass over all gradients.
     alone = mesh.size() == 1
-    offloaded = isinstance(offload, CPUOffloadPolicy)
-    left_out = _in_no_need(model, compute_dtype) if alone and not offloaded else set()
+    left_out = set()
+    if alone and not isinstance(offload, CPUOffloadPolicy):
+        left_out = _in_no_need(model, compute_dtype)
+        cast = _castable(model) - left_out if not reshard else set()
+        for block in blocks:
+            cast_in_forward(block, cast, compute_dtype)
+        cast_in_call(model, cast, compute_dtype, besides=blocks)
+        left_out |= cast
     options: dict[str, Any] = {
         "mp_policy": policy,
         "ignored_params": left_out,
@@ -194,6 +201,12 @@ def _in_no_need(model: nn.Module, compute_dtype: torch.dtype) -> set[nn.Paramete
     casting = [(m, getattr(m, "cast_where_used", ())) for m in model.modules()]
     cast = {p for m, names in casting for name, p in m.named_parameters(recurse=False) if name in names}
     return {p for p in model.parameters() if p.dtype == compute_dtype or p in cast}
+
+
+def _castable(model: nn.Module) -> set[nn.Parameter]:
+    owned = {p for m in model.modules() if can_be_cast(m) for p in m.parameters(recurse=False)}
+    others = {p for m in model.modules() if not can_be_cast(m) for p in m.parameters(recurse=False)}
+    return {p for p in owned - others if p.is_floating_point()}
 
 
 def _cast_inputs_of(block: nn.Module, dtype: torch.dtype) -> None:
