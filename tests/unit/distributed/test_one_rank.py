@@ -1,9 +1,9 @@
 """LoRA on one rank: adapters cast themselves, so that blocks are no units of FSDP2.
 
 Claims: (1) no block is one, whatever the family, and inputs of blocks, loss and gradients are what they are where blocks
-are units; (2) gradients of micro-batches add up in fp32; (3) weights that do not cast themselves stay in FSDP2, beside
-adapters: clipping and the optimizer's step take both, and none of it is dispatched on a DTensor; (4) compiled blocks
-share one compilation.
+are units; (2) gradients of micro-batches add up in fp32; (3) weights that do not cast themselves train beside adapters:
+clipping and the optimizer's step take both, and none of it is dispatched on a DTensor; (4) compiled blocks share one
+compilation.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def env():
     env.shutdown()
 
 
-def build(env, family, tmp_path, peft=None, **options):
-    manager = FSDP2Manager(env=env)
+def build(env, family, tmp_path, peft=None, reshard=None, **options):
+    manager = FSDP2Manager(env=env, reshard_after_forward=reshard)
     options = {"dtype": "bfloat16", "distributed": manager, **options}
     options["peft"] = peft or PeftConfig(**FAMILIES[family])
     torch.manual_seed(0)
@@ -106,7 +106,7 @@ def test_blocks_are_no_units_and_compute_what_units_compute(family, env, tmp_pat
 
     monkeypatch.setattr(LoRAWeight, "cast_where_used", ())
     monkeypatch.setattr(LoRALinear, "cast_where_used", ())
-    model, inputs, _ = build(env, family, tmp_path)
+    model, inputs, _ = build(env, family, tmp_path, reshard=True)
     assert all(isinstance(block, FSDPModule) for block in find_blocks(model))
     expected = seen_in_a_step(model, inputs)
     assert given == expected[0]
@@ -139,11 +139,12 @@ class WithEmbeddings(PeftConfig):
         embeddings.weight = nn.Parameter(embeddings.weight.float())
 
 
-def test_weights_that_do_not_cast_themselves_stay_and_train_beside_adapters(env, tmp_path):
-    model, inputs, _ = build(env, "llama", tmp_path, WithEmbeddings(**LLAMA))
+@pytest.mark.parametrize("reshard", [None, True])
+def test_weights_that_do_not_cast_themselves_train_beside_adapters(reshard, env, tmp_path):
+    model, inputs, _ = build(env, "llama", tmp_path, WithEmbeddings(**LLAMA), reshard=reshard)
     params = list(trained(model).values())
     inside = {name for name, p in model.named_parameters() if isinstance(p, DTensor)}
-    assert inside == {"model.embed_tokens.weight"}
+    assert inside == ({"model.embed_tokens.weight"} if reshard else set())
     before = [whole(p.detach()).clone() for p in params]
     optimizer = step_on_local_tensors(torch.optim.AdamW(params, lr=1e-2, fused=True))
     for _ in range(2):
