@@ -227,7 +227,8 @@ class _Call:
 
 def _by_row(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[int, _Inputs], Hashable]:
     """The inputs of a tower's call for each row alone that has some, and what else they depend on: padding, options."""
-    named = {**dict(enumerate(args)), **kwargs}
+    named: dict[int | str, Any] = dict(enumerate(args))
+    named.update(kwargs)
     cut: dict[Any, Sequence[Any]] = {}
     signature: list[Hashable] = []
     having: set[tuple[bool, ...]] = set()
