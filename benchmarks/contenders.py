@@ -189,6 +189,25 @@ def ours_dense_mask(workload: Workload, device: torch.device) -> Contender:
     return ours(workload, device, master_dtype="bfloat16")
 
 
+def ours_cached_tower(workload: Workload, device: torch.device) -> Contender:
+    """Ours in pure bf16 with the tower's features of every row kept already, as from the second epoch on."""
+    from nemo_automodel._transformers.parts import Freeze
+    from nemo_automodel._transformers.tower_cache import cache_tower
+
+    contender = ours(workload, device, master_dtype="bfloat16")
+    batches = workload.batches()
+    features = cache_tower(contender.model, Freeze(cache_features_gb=1.0), rows=len(batches) * workload.batch)
+
+    def forward_backward(batch: Batch) -> torch.Tensor:
+        with features.serve(batch):
+            return contender.forward_backward(batch)
+
+    for batch in batches:
+        forward_backward(batch)
+        contender.optimizer.zero_grad()
+    return replace(contender, forward_backward=forward_backward)
+
+
 def ours_deterministic(workload: Workload, device: torch.device) -> Contender:
     """Ours as ``rng.deterministic: true`` makes it: what a resume that repeats every bit costs."""
     from nemo_automodel.components.training.rng import StatefulRNG
@@ -297,6 +316,7 @@ ONLY_IN: dict[str, dict[str, Builder]] = {
         "ours": ours,
         PURE_BF16: lambda w, d: ours(w, d, master_dtype="bfloat16"),
         f"{PURE_BF16}, dense image mask": ours_dense_mask,
+        f"{PURE_BF16}, cached tower": ours_cached_tower,
     },
     "E": {
         FP32_MASTERS: transformers_with_masters,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.workloads import Workload
-from nemo_automodel.types import IGNORE_INDEX, Batch
+from nemo_automodel.types import IGNORE_INDEX, Batch, RowImages
 
 AT = 4  # where a row's image tokens start
 
@@ -89,6 +89,8 @@ class VisionWorkload(Workload):
             pixels = torch.rand(self.batch, 3, side, side, generator=generator) * 2 - 1
             batch: dict[str, Any] = {"input_ids": ids, "labels": labels, "label_indices": indices}
             batch |= {"num_label_tokens": indices.numel(), "token_type_ids": kinds, "pixel_values": pixels}
+            batch["sample_ids"] = [len(found) * self.batch + row for row in range(self.batch)]
+            batch["image_rows"] = [RowImages({"pixel_values": 1}, checksum=0)] * self.batch
             found.append(Batch(**batch))  # type: ignore[typeddict-item]
         return found
 

@@ -31,6 +31,14 @@ class VisionInputs:
     num_images: int = 0
 
 
+@dataclass(frozen=True)
+class RowImages:
+    """What is of one row among the inputs of a micro-batch that are of images."""
+
+    entries: dict[str, int]  # by the input's name: how many of its images, tiles or patches
+    checksum: int  # of some of their numbers, by which the same row with other pixels is told
+
+
 class _Ids(TypedDict):
     input_ids: list[int]
     labels: list[int]
@@ -76,6 +84,7 @@ class Batch(TypedDict, total=False):
     cp_layout: ContextLayout  # only of a batch sharded along its sequence, whose other tensors are this rank's
     sample_ids: list[int]  # dataset rows in this micro-batch, for traces and messages
     num_images: int  # images of the rows themselves; vision-language only, as are keys that a model names itself
+    image_rows: list[RowImages]  # of each of sample_ids; vision-language only
 
 
 @runtime_checkable

@@ -43,6 +43,7 @@ _NOT_FOR_THE_MODEL = (
     "num_label_tokens",
     "num_tokens",
     "num_images",
+    "image_rows",
     "sample_ids",
     "right_padded",
     "cp_layout",

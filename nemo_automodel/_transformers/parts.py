@@ -12,15 +12,15 @@ import inspect
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from nemo_automodel._transformers import compat
-from nemo_automodel.errors import ModelError
+from nemo_automodel.errors import ConfigError, ModelError
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,28 @@ def part_finder(model: nn.Module) -> Callable[[str], str]:
 def has_towers(model: nn.Module) -> bool:
     """Whether ``model`` has a part that sees or hears."""
     return "vision_tower" in _roots(model).values()
+
+
+def frozen_towers(model: nn.Module) -> tuple[dict[str, nn.Module], str | None]:
+    """The outermost modules that see or hear, by name, where nothing within is trained; else none, and why.
+
+    Raises:
+        ConfigError: a weight of a tower itself is trained.
+    """
+    part_of = part_finder(model)
+    towers = {name: model.get_submodule(name) for name, part in _roots(model).items() if part == "vision_tower"}
+    if not towers:
+        return {}, "the model has none"
+    for name, tower in towers.items():
+        for inner, parameter in tower.named_parameters(prefix=name):
+            if parameter.requires_grad and part_of(inner) == "vision_tower":
+                raise ConfigError(
+                    f"freeze.cache_features_gb: {inner} is trained, so features change with every step; take the vision "
+                    "tower out of peft.parts, or leave freeze.cache_features_gb out"
+                )
+            if parameter.requires_grad:
+                return {}, f"{inner} inside it is trained; freeze.projector: true would freeze that"
+    return towers, None
 
 
 def outside_language_model(model: nn.Module) -> list[nn.Module]:
@@ -92,12 +114,36 @@ class Freeze:
         projector: what carries those over to the language model (default false).
         language_model: the decoder and its output head (default false).
         embeddings: the input embedding, and a head that is tied to it (default true).
+        cache_features_gb: GiB of host memory that features of the frozen vision tower may take, which are then computed
+            once for each row, not in every epoch; null (default) = computed anew each time. On one rank only.
+
+    Raises:
+        ConfigError: features are to be kept of a tower that is trained, or on several ranks.
     """
 
     vision_tower: bool = True
     projector: bool = False
     language_model: bool = False
     embeddings: bool = True
+    cache_features_gb: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.cache_features_gb is None:
+            return
+        written = f"freeze.cache_features_gb={self.cache_features_gb:g}"
+        if self.cache_features_gb <= 0:
+            raise ConfigError(f"{written}: must be more than 0; leave it out to compute features anew each time")
+        if not self.vision_tower:
+            raise ConfigError(
+                f"{written}: features of a vision tower that is trained change with every step; write freeze.vision_tower: "
+                "true, or leave cache_features_gb out"
+            )
+        ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+        if ranks > 1:
+            raise ConfigError(
+                f"{written}: works on one rank only, and this run has {ranks}: a rank sees other rows in each epoch, and "
+                "a sharded tower runs on all ranks or on none; leave it out"
+            )
 
     def apply(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
         """Freeze the chosen parts of ``model`` in place, kept in ``dtype`` where it insists on no other.
@@ -114,7 +160,7 @@ class Freeze:
                 if kept is not None and parameter.is_floating_point():
                     parameter.data = parameter.data.to(kept(name) or dtype)
         if not any(parameter.requires_grad for parameter in model.parameters()):
-            frozen = ", ".join(f"{f.name}: true" for f in fields(self) if getattr(self, f.name))
+            frozen = ", ".join(f"{part}: true" for part in PARTS if getattr(self, part))
             raise ModelError(f"freeze: nothing is left to train ({frozen}); write false for one of them")
 
 
@@ -210,4 +256,4 @@ def _sees_or_hears(model: nn.Module) -> bool:
     return any(_SENSES.search(name) for cls in classes for name in inspect.signature(cls.forward).parameters)
 
 
-__all__ = ["PARTS", "Freeze", "has_towers", "parameters_by_part", "part_finder", "report_parts"]
+__all__ = ["PARTS", "Freeze", "frozen_towers", "has_towers", "parameters_by_part", "part_finder", "report_parts"]

@@ -26,7 +26,7 @@ from nemo_automodel.config import load
 from tests.recipes.workspace import ROOT
 from tests.vlm_builders import write_vlm
 
-OURS = ("labels", "label_indices", "num_label_tokens", "num_tokens", "sample_ids", "num_images")
+OURS = ("labels", "label_indices", "num_label_tokens", "num_tokens", "sample_ids", "num_images", "image_rows")
 
 
 class VisionWorkspace:
@@ -299,3 +299,24 @@ def test_two_ranks_equal_one(tmp_path, family, packed):
     weights = [load_file(workspace.saved(out) / "model.safetensors") for out in ("out", "two")]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=2e-4, msg=name)
+
+
+def test_features_of_the_tower_are_kept_and_a_resumed_run_repeats_every_bit(tmp_path):
+    """Through the real command: twelve rows, two epochs, validation whose rows have the training rows' numbers."""
+    workspace = VisionWorkspace(tmp_path)
+    epochs = (
+        "--step_scheduler.max_steps=6",
+        "--step_scheduler.val_every_steps=3",
+        "--step_scheduler.local_batch_size=1",
+    )
+    kept = (*epochs, "--freeze.cache_features_gb=1")
+    plain, cached = workspace.spawn(*epochs), workspace.spawn(*kept, "--step_scheduler.ckpt_every_steps=4", out="kept")
+    assert hexes(cached) == hexes(plain)
+    assert [line["val_loss"] for line in workspace.lines("validation.jsonl", "kept")] == [
+        line["val_loss"] for line in workspace.lines("validation.jsonl")
+    ]
+    (half,) = (tmp_path / "kept").glob("epoch_*_step_4")
+    resumed = workspace.spawn(*kept, f"--checkpoint.restore_from={half}", out="resumed")
+    assert hexes(resumed) == hexes(cached)[4:]
+    weights = [(workspace.saved(out) / "model.safetensors").read_bytes() for out in ("out", "kept", "resumed")]
+    assert weights[0] == weights[1] == weights[2]

@@ -14,7 +14,14 @@ _MUST_MATCH = (
     "dataloader._target_", "dataloader.shuffle", "dataloader.drop_last",
     "step_scheduler.global_batch_size", "step_scheduler.num_epochs", "step_scheduler.max_steps",
 )  # fmt: skip
-_FREE = ("peft.use_triton", "optimizer.fused", "optimizer.foreach", "optimizer.capturable", "model.attn_implementation")
+_FREE = (
+    "peft.use_triton",
+    "optimizer.fused",
+    "optimizer.foreach",
+    "optimizer.capturable",
+    "model.attn_implementation",
+    "freeze.cache_features_gb",
+)
 _NOT_WORTH_SAYING = ("checkpoint", "loggers", "dist_env", "certificate")
 _ABSENT = "absent"
 

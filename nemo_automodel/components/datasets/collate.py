@@ -6,15 +6,17 @@ EOS keeps every EOS it was given.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
 
-from nemo_automodel.types import IGNORE_INDEX, Batch, VisionInputs
+from nemo_automodel.types import IGNORE_INDEX, Batch, RowImages, VisionInputs
 
 _MULTIPLE = 8
+_CHECKED = 1000  # numbers of an input that a checksum covers, about
 Row = tuple[np.ndarray, np.ndarray]  # input_ids [S], labels [S]; both int64
 
 
@@ -148,6 +150,17 @@ def collate_packed_vision(
             continue
         batch[key] = joined([document.rows[key] for document in documents if key in document.rows])[None]
     return batch | _images_of(documents)
+
+
+def images_of_row(inputs: VisionInputs) -> RowImages:
+    """What of ``inputs`` is of images, to be found again in a micro-batch."""
+    found = {**inputs.images, **{key: value for key, value in inputs.rows.items() if value.ndim}}
+    checksum = 0
+    for value in found.values():
+        numbers = value.reshape(-1)
+        some = numbers[:: max(len(numbers) // _CHECKED, 1)].contiguous()
+        checksum = zlib.crc32(some.view(torch.uint8).numpy().tobytes(), checksum)
+    return RowImages({key: len(value) for key, value in found.items()}, checksum)
 
 
 def _images_of(rows: Sequence[VisionInputs]) -> dict[str, torch.Tensor]:

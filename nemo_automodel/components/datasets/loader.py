@@ -25,6 +25,7 @@ from nemo_automodel.components.datasets.collate import (
     collate_packed_vision,
     collate_padded,
     collate_vision,
+    images_of_row,
     packed_lengths,
 )
 from nemo_automodel.components.datasets.packing import PackedSequence, pack, without_overlong
@@ -254,6 +255,7 @@ class _MicroBatches:
             vision[emptiest].append(filler["vision"])
         batch = collate_packed(rows, ids, self.size, self.pad_id)
         batch["num_tokens"] -= len(filler["input_ids"]) if filler is not None else 0
+        batch["image_rows"] = [images_of_row(samples[index].get("vision", _NO_IMAGES)) for index in ids]
         lengths = packed_lengths([[len(row_ids) for row_ids, _ in documents] for documents in rows], self.size)
         return cast(Batch, {**batch, **collate_packed_vision(vision, lengths, num_images)})
 
@@ -271,6 +273,7 @@ class _MicroBatches:
             fillers = max(fillers - 1, 0)
         rows += [self.row(FILLER)] * fillers
         batch = collate_padded(rows, ids, self.pad_id, self.multiple)
+        batch["image_rows"] = [images_of_row(sample.get("vision", _NO_IMAGES)) for sample in samples]
         extra = collate_vision([*vision, *[_NO_IMAGES] * fillers], batch["input_ids"].shape[1], num_images)
         return cast(Batch, {**batch, **extra})
 

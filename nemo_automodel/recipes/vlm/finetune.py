@@ -17,6 +17,7 @@ import torch
 from nemo_automodel._transformers.forward import forward_loss
 from nemo_automodel._transformers.inputs import to_device
 from nemo_automodel._transformers.limits import check_data_fits
+from nemo_automodel._transformers.tower_cache import cache_tower
 from nemo_automodel.components.training.local_step import step_on_local_tensors
 from nemo_automodel.components.training.metrics import count_images, count_tokens
 from nemo_automodel.config import Config
@@ -63,6 +64,7 @@ def main(cfg: Config) -> int:
 
     # --- model: LoRA -> parallelism -> compile each block -> shard -> load its weights ------------------------
     peft = cfg.peft.instantiate()  # None without the section: full fine-tuning
+    freeze = cfg.freeze.instantiate()  # the vision tower and the embeddings, if the section does not say
     model = cfg.model.instantiate(
         peft=peft,
         distributed=dist,
@@ -70,9 +72,10 @@ def main(cfg: Config) -> int:
         packed="images" if packing.packed_sequence_size else False,
         fp8=cfg.fp8.instantiate(),  # None without the section: computed in the model's dtype
         quantization=cfg.quantization.instantiate(),  # None without the section: frozen weights stay as they are
-        freeze=cfg.freeze.instantiate(),  # the vision tower and the embeddings, if the section does not say
+        freeze=freeze,
     )
     check_data_fits(model, tokenizer, dataset=train_data, validation_dataset=val_data)
+    features = cache_tower(model, freeze, rows=len(train_data))  # nothing is kept unless the section says so
     params = [p for p in model.parameters() if p.requires_grad]
 
     # --- optimisation -----------------------------------------------------------------------------------------
@@ -106,7 +109,8 @@ def main(cfg: Config) -> int:
         losses = []
         for i, batch in enumerate(batches):
             dist.sync_gradients(model, last_micro_batch=i == len(batches) - 1)
-            ce_sum, aux = forward_loss(model, to_device(batch, dist.device), loss_fn)
+            with features.serve(batch):
+                ce_sum, aux = forward_loss(model, to_device(batch, dist.device), loss_fn)
             share = (batch["num_label_tokens"] > 0) / num_micro_batches  # of auxiliary losses: their mean
             (ce_sum / num_label_tokens.clamp(min=1) + aux * share).backward()
             losses.append(ce_sum.detach())

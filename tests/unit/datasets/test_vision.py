@@ -133,7 +133,15 @@ def test_a_batch_of_rows_with_and_without_images_is_worth_its_rows(processors, f
         loader = DataLoader(data, global_batch_size=size, local_batch_size=size, shuffle=False)
         total = 0.0
         for (batch,) in loader.steps(0):
-            ours = ("labels", "label_indices", "num_label_tokens", "num_tokens", "sample_ids", "num_images")
+            ours = (
+                "labels",
+                "label_indices",
+                "num_label_tokens",
+                "num_tokens",
+                "sample_ids",
+                "num_images",
+                "image_rows",
+            )
             logits = model(**{k: v for k, v in batch.items() if k not in ours}).logits.flatten(0, 1)
             total += float(torch.nn.functional.cross_entropy(logits, batch["labels"].flatten(), reduction="sum"))
         return total
