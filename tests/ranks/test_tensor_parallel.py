@@ -150,10 +150,9 @@ def test_sample_equals_plain_transformers_on_two_ranks():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("nproc", [2, 4])
-def test_loss_and_gradients_equal_plain_transformers(kind, nproc):
-    torchrun("tests.ranks.test_tensor_parallel:compare", nproc, kind, "full", timeout=500)
+def test_loss_and_gradients_equal_plain_transformers(nproc):
+    torchrun("tests.ranks.test_tensor_parallel:compare", nproc, ",".join(CONFIGS), "full", timeout=1200)
 
 
 def shards() -> None:
