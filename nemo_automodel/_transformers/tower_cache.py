@@ -108,9 +108,7 @@ class TowerCache:
         held = self._held.get(key)
         if held is None:
             leaves, spec = call.whole(*inputs)
-            kept = self._read[call.name] if self._measured else range(len(leaves))
-            leaves = [x if i in kept or not isinstance(x, Tensor) else _NOT_HELD for i, x in enumerate(leaves)]
-            held = _Held(checksum, leaves, spec)
+            held = _Held(checksum, self._wanted(call.name, leaves) if self._measured else leaves, spec)
             if key in self._new and not _same(self._new[key], held):
                 raise _Unfit("it runs more than once for a row")
             self._new[key] = held
@@ -121,6 +119,11 @@ class TowerCache:
         on_device = [x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in held.leaves]
         return _Held(checksum, on_device, held.spec)
 
+    def _wanted(self, name: str, leaves: list[Any]) -> list[Any]:
+        """``leaves`` of the tower ``name``, without the tensors that the model does not read."""
+        read = self._read[name]
+        return [x if i in read or not isinstance(x, Tensor) else _NOT_HELD for i, x in enumerate(leaves)]
+
     def _keep(self, rows: int) -> None:
         """Copy what is new of a micro-batch of ``rows`` rows to the host, behind what the device is doing."""
         if not self._towers or not self._new:
@@ -128,8 +131,7 @@ class TowerCache:
         if not self._measured:
             self._measured = True
             for (name, *_), new in cast("dict[tuple[str], _Held]", self._new).items():
-                read = self._read[name]
-                new.leaves = [x if i in read or not isinstance(x, Tensor) else _NOT_HELD for i, x in enumerate(new.leaves)]  # fmt: skip
+                new.leaves = self._wanted(name, new.leaves)
             if not self._fits(rows):
                 return
         assert self._memory is not None

@@ -119,7 +119,7 @@ class AutoCheckpointing:
             if mode in self.estimate.kept and self.estimate.total(mode, tokens, self.laxer) > self._budget:
                 self._apply(*self._plan([m for m in MODES[MODES.index(mode) :] if m in self.estimate.kept]))
                 self._say()
-        elif self.estimate is None:
+        elif self.mode is None and torch.is_grad_enabled():
             self._tokens = tokens
             self._fixed = self._fixed_bytes()  # here, where weights are still in the dtype that they are stored in
 

@@ -204,9 +204,8 @@ def _in_no_need(model: nn.Module, compute_dtype: torch.dtype) -> set[nn.Paramete
 
 
 def _castable(model: nn.Module) -> set[nn.Parameter]:
-    owned = {p for m in model.modules() if can_be_cast(m) for p in m.parameters(recurse=False)}
     others = {p for m in model.modules() if not can_be_cast(m) for p in m.parameters(recurse=False)}
-    return {p for p in owned - others if p.is_floating_point()}
+    return {p for p in model.parameters() if p.is_floating_point()} - others
 
 
 def _cast_inputs_of(block: nn.Module, dtype: torch.dtype) -> None:

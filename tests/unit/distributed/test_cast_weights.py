@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from nemo_automodel import NeMoAutoModelForCausalLM
@@ -24,6 +23,7 @@ from nemo_automodel.components.distributed.cast_weights import casts
 from nemo_automodel.components.distributed.env import DistEnv
 from nemo_automodel.components.distributed.fsdp2 import FSDP2Manager
 from tests.builders import tiny_config
+from tests.unit.distributed.test_one_rank import require_fp32_sums, whole
 
 IDS = torch.randint(3, 384, (2, 9), generator=torch.Generator().manual_seed(1))
 FAMILIES = {
@@ -50,10 +50,6 @@ def build(env, family="llama", **manager):
     torch.manual_seed(0)
     options = {"distributed": FSDP2Manager(env=env, **manager), "dtype": "bfloat16", "master_dtype": "float32"}
     return NeMoAutoModelForCausalLM.from_config(config_of(family), attn_implementation="eager", **options).train()
-
-
-def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def step(model, ids=IDS):
@@ -109,11 +105,7 @@ def test_micro_batches_add_up_in_fp32(env):
         for i in micro_batches:
             step(model, IDS[i : i + 1])
         parts.append({name: p.grad for name, p in model.named_parameters()})
-    first, second, total = parts
-    for name, gradient in total.items():
-        assert torch.equal(gradient, first[name] + second[name]), name
-    rounded = {name: (first[name].bfloat16() + second[name].bfloat16()).float() for name in total}
-    assert not all(torch.equal(total[name], rounded[name]) for name in total)
+    require_fp32_sums(*parts)
 
 
 def test_weights_are_as_stored_outside_of_a_forward_and_after_one_that_raised(env):

@@ -115,6 +115,14 @@ def test_blocks_are_no_units_and_compute_what_units_compute(family, env, tmp_pat
         assert torch.equal(gradients[name], gradient), name
 
 
+def require_fp32_sums(first, second, total):
+    """The gradients ``total`` of two micro-batches are the sums of theirs, which bf16 would have rounded."""
+    for name, gradient in total.items():
+        assert torch.equal(gradient, first[name] + second[name]), name
+    rounded = {name: (first[name].bfloat16() + second[name].bfloat16()).float() for name in total}
+    assert not all(torch.equal(total[name], rounded[name]) for name in total)
+
+
 def test_micro_batches_add_up_in_fp32(env, tmp_path):
     parts = []
     for micro_batches in ([0], [1], [0, 1]):
@@ -123,11 +131,7 @@ def test_micro_batches_add_up_in_fp32(env, tmp_path):
             manager.sync_gradients(model, last_micro_batch=i == micro_batches[-1])
             model(input_ids=inputs["input_ids"][i : i + 1], labels=inputs["labels"][i : i + 1]).loss.backward()
         parts.append({name: p.grad for name, p in trained(model).items()})
-    first, second, total = parts
-    for name, gradient in total.items():
-        assert torch.equal(gradient, first[name] + second[name]), name
-    rounded = {name: (first[name].bfloat16() + second[name].bfloat16()).float() for name in total}
-    assert not all(torch.equal(total[name], rounded[name]) for name in total)
+    require_fp32_sums(*parts)
 
 
 class WithEmbeddings(PeftConfig):
