@@ -149,7 +149,7 @@ def ours(workload: Workload, device: torch.device, **model_options: Any) -> Cont
     )
     workload.fill(model)
     model.train()
-    loss_fn, clipper = FusedLinearCrossEntropy(), GradClipper()
+    loss_fn = FusedLinearCrossEntropy()
     params = [p for p in model.parameters() if p.requires_grad]
 
     def forward_backward(batch: Batch) -> torch.Tensor:
@@ -161,6 +161,7 @@ def ours(workload: Workload, device: torch.device, **model_options: Any) -> Cont
         return loss.detach()
 
     optimizer = step_on_local_tensors(make_optimizer(model, device))
+    clipper = GradClipper(optimizer=optimizer)
     return Contender(model, forward_backward, lambda: clipper(params), optimizer)
 
 

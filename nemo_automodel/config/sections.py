@@ -108,6 +108,7 @@ LLM: dict[str, Section] = {
     "clip_grad_norm": Section(
         "Gradient clipping.",
         target="nemo_automodel.components.distributed.grads.GradClipper",
+        offered=("optimizer",),
     ),
     "non_finite": Section(
         "What happens when a loss or a gradient is NaN or infinite.",

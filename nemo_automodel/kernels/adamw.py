@@ -7,13 +7,16 @@ in every process, and nothing that a checkpoint has to hold.
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _MASK = 0xFFFFFFFF
 _SALTS = (0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35)  # of the weight, the first and the second moment
 
@@ -31,9 +34,22 @@ class Update:
     seed: int
 
 
+def has_kernel(device_type: str) -> bool:
+    """Whether the update is one kernel on this kind of device: "cuda", and "cpu" in Triton's interpreter (for tests)."""
+    interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return _HAS_TRITON and (device_type == "cuda" or interpreted)
+
+
 @torch.no_grad()
 def adamw_(
-    weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, skip: Tensor | None, update: Update
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    skip: Tensor | None,
+    update: Update,
+    grad_scale: Tensor | None = None,
 ) -> None:
     """Update ``weight`` and its moments in place.
 
@@ -45,20 +61,29 @@ def adamw_(
         step: fp32 scalar on weight's device: this update's number, from 1.
         skip: fp32 scalar there; where it is not 0, nothing is changed. None = never.
         update: see there.
+        grad_scale: fp32 scalar there, by which ``grad`` is divided first; ``grad`` itself stays. None = 1.
     """
     if weight.numel() == 0:
         return
-    if weight.is_cuda:
+    if has_kernel(weight.device.type):
         from nemo_automodel.kernels import adamw_triton
 
-        adamw_triton.adamw_(weight, grad.contiguous(), exp_avg, exp_avg_sq, step, skip, update)
+        adamw_triton.adamw_(weight, grad.contiguous(), exp_avg, exp_avg_sq, step, skip, update, grad_scale)
     elif skip is None or not bool(skip):
-        _in_torch(weight, grad, exp_avg, exp_avg_sq, step, update)
+        _in_torch(weight, grad, exp_avg, exp_avg_sq, step, update, grad_scale)
 
 
-def _in_torch(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, update: Update) -> None:
+def _in_torch(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    update: Update,
+    grad_scale: Tensor | None = None,
+) -> None:
     number = float(step)
-    gradient = grad.float()
+    gradient = grad.float() if grad_scale is None else grad.float() / grad_scale
     first = exp_avg.float() * update.beta1 + gradient * (1 - update.beta1)
     second = exp_avg_sq.float() * update.beta2 + gradient * gradient * (1 - update.beta2)
     mean = first / (1 - update.beta1**number)
@@ -98,6 +123,6 @@ def seed_of(*numbers: int) -> int:
     return h
 
 
-def log2(beta: float) -> float:
-    """``log2(beta)``, for powers of it on the device; of 0, what makes every power 0."""
-    return math.log2(beta) if beta > 0 else -1e30
+def log(beta: float) -> float:
+    """``ln(beta)``, for powers of it on the device; of 0, what makes every power 0."""
+    return math.log(beta) if beta > 0 else -1e30

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nemo_automodel.components.distributed.grads import GradClipper
 from nemo_automodel.components.training.adamw import AdamW
+from nemo_automodel.components.training.local_step import step_on_local_tensors
 from nemo_automodel.kernels import adamw
 from nemo_automodel.kernels.adamw import Update
 
@@ -80,3 +82,56 @@ def test_a_flag_leaves_the_weight_as_it_was():
     assert torch.equal(weight, before)
     assert not optimizer.state[weight]["exp_avg"].any()
     assert optimizer.state[weight]["step"].item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_weights_of_torchs_fused_adamw_are_updated_by_our_kernel_to_the_same_values(dtype, monkeypatch):
+    from nemo_automodel.components.training import local_step
+
+    calls = []
+    monkeypatch.setattr(local_step, "adamw_", lambda *a: calls.append(a[0].shape) or adamw.adamw_(*a))
+    results = []
+    for wrap, clips in ((lambda o: o, False), (step_on_local_tensors, True)):
+        torch.manual_seed(0)
+        params = [
+            torch.nn.Parameter(torch.randn(size, device="cuda").to(dtype))
+            for size in ((2048, 2048), (64, 64), (3, 2**21))
+        ]
+        optimizer = wrap(torch.optim.AdamW(params, lr=1e-2, betas=(0.9, 0.999), weight_decay=0.1, fused=True))
+        clip = GradClipper(0.5, optimizer if clips else None)
+        norms = []
+        for step in range(6):
+            for parameter in params:
+                parameter.grad = torch.randn_like(parameter)
+            norms.append(clip(params))
+            optimizer.found_inf = torch.tensor(float(step == 3), device="cuda")
+            optimizer.step()
+        results.append(
+            [*norms, *params, *(optimizer.state[p][k] for p in params for k in ("exp_avg", "exp_avg_sq", "step"))]
+        )
+    assert set(calls) == {(2048, 2048), (3, 2**21)}
+    for ours, theirs in zip(*reversed(results), strict=True):
+        a, b = ours.detach().double(), theirs.detach().double()
+        assert (a - b).norm() <= (1e-6 if dtype == torch.float32 else 4e-3) * b.norm()
+
+
+def test_a_step_with_large_weights_waits_for_nothing():
+    params = [
+        torch.nn.Parameter(torch.randn(2048, 2048, device="cuda").to(dtype))
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    optimizer = step_on_local_tensors(torch.optim.AdamW(params, lr=1e-2, fused=True))
+    clip = GradClipper(1.0, optimizer)
+    for step in range(2):
+        for parameter in params:
+            parameter.grad = torch.randn_like(parameter)
+        if step:  # the first step proves the kernel
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            clip(params)
+            optimizer.found_inf = torch.zeros((), device="cuda")
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert [optimizer.state[p]["step"].item() for p in params] == [2, 2]

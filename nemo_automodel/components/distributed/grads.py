@@ -15,18 +15,26 @@ class GradClipper:
 
     Args:
         max_norm: Upper bound of the norm over every parameter on every rank. Default 1.0; null only measures it.
+        optimizer: What steps with these gradients (given by the recipe). One that can divide them by itself (torch's fused
+            ones and ours: the ``grad_scale`` of mixed-precision training) is told by how much, and no pass over them is
+            made for it: they stay unclipped in ``.grad``. None: they are clipped in place.
     """
 
-    def __init__(self, max_norm: float | None = 1.0):
+    def __init__(self, max_norm: float | None = 1.0, optimizer: torch.optim.Optimizer | None = None):
         self.max_norm = max_norm
+        self._optimizer = optimizer if getattr(optimizer, "_step_supports_amp_scaling", False) else None
 
     @torch.no_grad()
     def __call__(self, params: Iterable[torch.nn.Parameter]) -> torch.Tensor:
-        """Clip the gradients of ``params`` in place; returns the norm before clipping, a scalar on the device."""
+        """Clip the gradients of ``params``; returns the norm before clipping, a scalar on the device."""
         grads = [p.grad for p in params if p.grad is not None]
         norm = global_grad_norm(grads)
         if self.max_norm is not None:
-            factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+            divisor = ((norm + 1e-6) / self.max_norm).clamp(min=1.0)
+            if self._optimizer is not None:
+                self._optimizer.grad_scale = divisor  # type: ignore[attr-defined]
+                return norm
+            factor = 1 / divisor
             by_dtype: dict[torch.dtype, list[torch.Tensor]] = defaultdict(list)
             for grad in grads:
                 by_dtype[grad.dtype].append(_local(grad))

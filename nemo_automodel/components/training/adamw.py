@@ -47,7 +47,9 @@ class AdamW(torch.optim.Optimizer):
         seed: Of that rounding. Default 0.
     """
 
-    _step_supports_amp_scaling = True  # a step is left out by ``found_inf``, on the device
+    _step_supports_amp_scaling = (
+        True  # ``found_inf`` leaves a step out, ``grad_scale`` divides gradients, on the device
+    )
 
     def __init__(
         self,
@@ -77,12 +79,16 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; none where ``found_inf`` (a tensor) is set and not 0."""
+        """One update of every parameter that has a gradient, divided by ``grad_scale`` (a tensor) where that is set.
+
+        Nothing changes where ``found_inf`` (a tensor) is set and not 0.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         skip: Tensor | None = getattr(self, "found_inf", None)
+        scale: Tensor | None = getattr(self, "grad_scale", None)
         numbered = list(enumerate((group, p) for group in self.param_groups for p in group["params"]))
         changed = [(number, group, p) for number, (group, p) in numbered if p.grad is not None]
         for _, _, parameter in changed:
@@ -95,7 +101,7 @@ class AdamW(torch.optim.Optimizer):
             else:  # a list: one tensor for all would be read by the host
                 torch._foreach_add_(steps, [1 - skip] * len(steps))
         for number, group, parameter in changed:
-            self._update(parameter, group, skip, number)
+            self._update(parameter, group, skip, scale, number)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -104,7 +110,9 @@ class AdamW(torch.optim.Optimizer):
             torch.cuda.synchronize()
         return super().state_dict()
 
-    def _update(self, parameter: Tensor, group: dict[str, Any], skip: Tensor | None, number: int) -> None:
+    def _update(
+        self, parameter: Tensor, group: dict[str, Any], skip: Tensor | None, scale: Tensor | None, number: int
+    ) -> None:
         state = self.state[parameter]
         step = state["step"]
         state["updates"] += 1
@@ -116,10 +124,10 @@ class AdamW(torch.optim.Optimizer):
         moments = [self._here(state, name, weight.device) for name in _MOMENTS]
         if state["exp_avg"].dtype == torch.uint8:
             scales = [self._here(state, f"{name}_scale", weight.device) for name in _MOMENTS]
-            _in_eight_bits(weight, grad, moments, scales, step, skip, update)
+            _in_eight_bits(weight, grad, moments, scales, step, skip, update, scale)
             self._back(state, [f"{name}_scale" for name in _MOMENTS], scales)
         else:
-            adamw_(weight, grad, moments[0], moments[1], step, skip, update)
+            adamw_(weight, grad, moments[0], moments[1], step, skip, update, scale)
         self._back(state, list(_MOMENTS), moments)
 
     def _start(self, parameter: Tensor, state: dict[str, Any]) -> None:
@@ -164,6 +172,7 @@ def _in_eight_bits(
     step: Tensor,
     skip: Tensor | None,
     update: Update,
+    grad_scale: Tensor | None,
 ) -> None:
     """``adamw_`` over moments in eight bits, unpacked some rows at a time."""
     from bitsandbytes import functional
@@ -182,7 +191,7 @@ def _in_eight_bits(
         ]
         moments = [moment.view(-1, columns) for moment in whole]
         own = Update(**{**vars(update), "seed": seed_of(update.seed, start)})
-        adamw_(weight[part], grad[part], moments[0], moments[1], step, skip, own)
+        adamw_(weight[part], grad[part], moments[0], moments[1], step, skip, own, grad_scale)
         for code, scale, moment, values in zip(flat, blocks, moments, maps, strict=True):
             packed, packing = functional.quantize_blockwise(moment.flatten(), code=values, blocksize=_BLOCK)
             changed = packed.view(-1, columns), packing.absmax.view(-1, columns // _BLOCK)

@@ -2,15 +2,25 @@
 
 The host's time for it, which is per tensor, is then that of plain tensors. What is stored stays as it is: state is made by
 the optimizer itself, as DTensors for weights that are DTensors.
+
+Large weights of torch's fused Adam and AdamW are updated by a kernel of our own: torch's, which takes many tensors at once,
+moves bytes at 60 (bf16) to 80% (fp32) of the rate that a copy reaches on an H200, ours at 87 to 95%, and dividing gradients
+by ``grad_scale`` costs it no write. It proves itself on one weight before the first step, or is left out.
 """
 
 from __future__ import annotations
 
+import logging
 import weakref
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from nemo_automodel.kernels.adamw import Update, adamw_, has_kernel
+
+logger = logging.getLogger(__name__)
 
 _ELEMENTWISE: frozenset[type[torch.optim.Optimizer]] = frozenset(
     {
@@ -27,6 +37,9 @@ _ELEMENTWISE: frozenset[type[torch.optim.Optimizer]] = frozenset(
 )
 """These very classes: a subclass may do what it likes, and others look at whole matrices or at all weights."""
 
+_LARGE = 2**22
+"""Numbers of a weight from which the update's time on the device outlasts the launch of a kernel for it alone."""
+
 AnyOptimizer = TypeVar("AnyOptimizer", bound=torch.optim.Optimizer)
 
 
@@ -41,18 +54,98 @@ def step_on_local_tensors(optimizer: AnyOptimizer) -> AnyOptimizer:
         return optimizer
     collect: Any = type(optimizer)._init_group  # type: ignore[attr-defined]
     owner = weakref.ref(optimizer)  # a cycle would keep its state after its last user
+    kernel = _AdamKernel()
 
     def init_group(group: dict[str, Any], *lists: list[Any]) -> Any:
         found = collect(owner(), group, *lists)
         if _alike(lists):
             for tensors in lists:
                 tensors[:] = [_local(t) for t in tensors]
+            if kernel.takes(group):
+                kernel.update_large(owner(), group, lists)
         return found
 
     optimizer._init_group = init_group  # type: ignore[attr-defined]
     if type(optimizer) is torch.optim.SGD:
         optimizer.register_step_post_hook(_keep_momentum)
     return optimizer
+
+
+class _AdamKernel:
+    """Updates the large weights of a group and takes them out of the lists of what torch is going to update."""
+
+    def __init__(self) -> None:
+        self._proven: dict[torch.dtype, bool] = {}
+
+    @staticmethod
+    def takes(group: dict[str, Any]) -> bool:
+        """Whether the update of ``group`` is that of the kernel: fused Adam(W), without what the kernel does not know."""
+        decoupled = group.get("decoupled_weight_decay", False) or group.get("weight_decay") == 0
+        unknown = group.get("amsgrad", True) or group.get("maximize") or isinstance(group["lr"], Tensor)
+        return bool(group.get("fused") and decoupled and not unknown)
+
+    def update_large(self, optimizer: Any, group: dict[str, Any], lists: tuple[list[Tensor], ...]) -> None:
+        """``lists`` as torch's Adam collects them: weights, gradients, two moments, a maximum (empty), steps."""
+        chosen = [i for i, tensors in enumerate(zip(*lists[:4], strict=True)) if _is_large(*tensors)]
+        if not chosen:
+            return
+        weights, grads, means, squares, _, steps = lists
+        skip, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+        (beta1, beta2), eps = group["betas"], group["eps"]
+        update = Update(group["lr"], beta1, beta2, eps, group["weight_decay"], stochastic_rounding=False, seed=0)
+        for dtype in {weights[i].dtype for i in chosen} - self._proven.keys():
+            self._proven[dtype] = _is_proven(
+                min((weights[i] for i in chosen if weights[i].dtype == dtype), key=Tensor.numel)
+            )
+        chosen = [i for i in chosen if self._proven[weights[i].dtype]]
+        if not chosen:
+            return
+        counts = [steps[i] for i in chosen]
+        if skip is None:
+            torch._foreach_add_(counts, 1)
+        else:  # a list: one tensor for all would be read by the host
+            torch._foreach_add_(counts, [1 - skip] * len(counts))
+        for i in chosen:
+            adamw_(weights[i], grads[i], means[i], squares[i], steps[i], skip, update, scale)
+        rest = sorted(set(range(len(weights))) - set(chosen))
+        for tensors in (weights, grads, means, squares, steps):
+            tensors[:] = [tensors[i] for i in rest]
+
+
+@torch.no_grad()
+def _is_proven(weight: Tensor) -> bool:
+    """Whether the kernel's update of a copy of ``weight`` is torch's own, for gradients and moments made up here."""
+    made_up = torch.linspace(-1, 1, weight.numel(), device=weight.device).view_as(weight)  # no random number is drawn
+    parts = weight, made_up, made_up / 4, made_up.square() / 8
+    theirs, ours = ([part.to(weight.dtype, copy=True) for part in parts] for _ in range(2))
+    step, scale = (torch.full((), number, device=weight.device) for number in (3.0, 2.0))
+    tried = Update(lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, stochastic_rounding=False, seed=0)
+    torch._fused_adamw_(  # type: ignore[call-overload]
+        *([tensor] for tensor in theirs), [], [step], lr=tried.lr, beta1=tried.beta1, beta2=tried.beta2,
+        weight_decay=tried.weight_decay, eps=tried.eps, amsgrad=False, maximize=False, grad_scale=scale,
+    )  # fmt: skip
+    adamw_(ours[0], ours[1], ours[2], ours[3], step, None, tried, scale)
+    pairs = [(theirs[i].float(), ours[i].float()) for i in (0, 2, 3)]
+    apart = max(float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(a)) for a, b in pairs)
+    bound, name = torch.finfo(weight.dtype).eps, str(weight.dtype)[6:]
+    if apart <= bound:
+        logger.info("optimizer: weights in %s of %d numbers and more are updated by a kernel each", name, _LARGE)
+        return True
+    logger.warning(
+        "optimizer: our kernel's update of a weight in %s of shape %s is off by %.1e from torch's (at most %.0e); torch's is used",
+        name, tuple(weight.shape), apart, bound,
+    )  # fmt: skip
+    return False
+
+
+def _is_large(weight: Tensor, *others: Tensor) -> bool:
+    tensors = (weight, *others)
+    return (
+        weight.numel() >= _LARGE
+        and has_kernel(weight.device.type)
+        and weight.dtype in (torch.float32, torch.bfloat16)
+        and all(t.is_contiguous() and t.dtype == weight.dtype for t in tensors)
+    )
 
 
 def _alike(lists: tuple[list[Any], ...]) -> bool:

@@ -95,13 +95,14 @@ class NonFiniteGuard:
         if self.reads_late:
             self.settle()
             self._unread = self._describe(values, losses, batches)
-            optimizer.grad_scale, optimizer.found_inf = None, (~values.isfinite()).any().float()  # type: ignore[attr-defined]
+            optimizer.found_inf = (~values.isfinite()).any().float()  # type: ignore[attr-defined]
             optimizer.step()
-            del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
         else:
             self._unread = self._describe(values, losses, batches)
             if self.settle():
                 optimizer.step()
+        for name in ("grad_scale", "found_inf"):  # of this step: the former from the clipping
+            vars(optimizer).pop(name, None)
         self._schedule_before = copy.deepcopy(self._state.schedule.state_dict())
 
     def settle(self) -> bool:

@@ -82,7 +82,7 @@ def main(cfg: Config) -> int:
     loss_fn = cfg.loss_fn.instantiate()  # a SUM over label tokens; normalised once, below
     optimizer = step_on_local_tensors(cfg.optimizer.instantiate(params=params))
     lr_scheduler = cfg.lr_scheduler.instantiate(optimizer=optimizer, total_steps=schedule.total_steps)
-    clip_gradients = cfg.clip_grad_norm.instantiate()
+    clip_gradients = cfg.clip_grad_norm.instantiate(optimizer=optimizer)
     guard = cfg.non_finite.instantiate(env=env)
     checkpointer = cfg.checkpoint.instantiate(env=env)
     log = cfg.loggers.instantiate(env=env, config=cfg, schedule=schedule)
