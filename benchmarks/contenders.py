@@ -136,13 +136,15 @@ def ours(workload: Workload, device: torch.device, **model_options: Any) -> Cont
 
     peft_options = model_options.pop("peft", {})
     checkpointing = model_options.pop("activation_checkpointing", "off")
+    reshards = model_options.pop("reshard_after_forward", None)
     make_optimizer = model_options.pop("optimizer", _optimizer)
     peft = None
     if workload.lora_rank:
         r = workload.lora_rank
         chosen = {"match_all_linear": True, "target_parameters": list(workload.expert_targets) or None}
         peft = PeftConfig(**({"dim": r, "alpha": 2 * r} | chosen | peft_options))
-    dist = FSDP2Manager(env=DistEnv(device=device.type), activation_checkpointing=checkpointing)
+    env = DistEnv(device=device.type)
+    dist = FSDP2Manager(env=env, activation_checkpointing=checkpointing, reshard_after_forward=reshards)
     auto_class, options = workload.our_model()
     model = auto_class.from_config(
         workload.config(None), peft=peft, distributed=dist, **({"compile": CompileConfig()} | options | model_options)

@@ -77,6 +77,7 @@ BUILDERS: dict[str, Callable[[Workload, torch.device], Contender]] = {
     PLAIN: plain,
     COMPILED: lambda w, d: plain(w, d, compiled=True),
     OURS: ours,
+    f"{OURS}, reshard_after_forward: false": lambda w, d: ours(w, d, reshard_after_forward=False),
     f"{OURS}, fp8": lambda w, d: ours_fp8_trained(w, d, "bfloat16"),
     f"{OURS}, fp8, gradients of weights too": lambda w, d: ours_fp8_trained(w, d, "float8"),
 }

@@ -114,26 +114,36 @@ class _AdamKernel:
 
 @torch.no_grad()
 def _is_proven(weight: Tensor) -> bool:
-    """Whether the kernel's update of a copy of ``weight`` is torch's own, for gradients and moments made up here."""
-    made_up = torch.linspace(-1, 1, weight.numel(), device=weight.device).view_as(weight)  # no random number is drawn
-    parts = weight, made_up, made_up / 4, made_up.square() / 8
-    theirs, ours = ([part.to(weight.dtype, copy=True) for part in parts] for _ in range(2))
-    step, scale = (torch.full((), number, device=weight.device) for number in (3.0, 2.0))
+    """Whether the kernel's update of a copy of ``weight`` is as near to float64's as torch's, for made-up gradients and moments."""
+    weight = weight.flatten()[:_LARGE]
+    made_up = torch.linspace(-1, 1, weight.numel(), device=weight.device)  # no random number is drawn
+    parts = [part.to(weight.dtype, copy=True) for part in (weight, made_up, made_up / 4, made_up.square() / 8)]
     tried = Update(lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, stochastic_rounding=False, seed=0)
-    torch._fused_adamw_(  # type: ignore[call-overload]
-        *([tensor] for tensor in theirs), [], [step], lr=tried.lr, beta1=tried.beta1, beta2=tried.beta2,
-        weight_decay=tried.weight_decay, eps=tried.eps, amsgrad=False, maximize=False, grad_scale=scale,
-    )  # fmt: skip
-    adamw_(ours[0], ours[1], ours[2], ours[3], step, None, tried, scale)
-    pairs = [(theirs[i].float(), ours[i].float()) for i in (0, 2, 3)]
-    apart = max(float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(a)) for a, b in pairs)
-    bound, name = torch.finfo(weight.dtype).eps, str(weight.dtype)[6:]
-    if apart <= bound:
+    step, scale = (torch.full((), number, device=weight.device) for number in (3.0, 2.0))
+
+    def by_torch(dtype: torch.dtype) -> list[Tensor]:
+        lists = [[part.to(dtype, copy=True)] for part in parts]
+        torch._fused_adamw_(  # type: ignore[call-overload]
+            *lists, [], [step], lr=tried.lr, beta1=tried.beta1, beta2=tried.beta2, weight_decay=tried.weight_decay,
+            eps=tried.eps, amsgrad=False, maximize=False, grad_scale=scale,
+        )  # fmt: skip
+        return [tensor for (tensor,) in lists]
+
+    exact, theirs = by_torch(torch.float64), by_torch(weight.dtype)
+    adamw_(parts[0], parts[1], parts[2], parts[3], step, None, tried, scale)
+
+    def error(found: list[Tensor]) -> float:
+        pairs = [(found[i].double(), exact[i]) for i in (0, 2, 3)]
+        return max(float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b)) for a, b in pairs)
+
+    ours, bound = error(parts), max(2 * error(theirs), torch.finfo(weight.dtype).eps)
+    name = str(weight.dtype)[6:]
+    if ours <= bound:
         logger.info("optimizer: weights in %s of %d numbers and more are updated by a kernel each", name, _LARGE)
         return True
     logger.warning(
-        "optimizer: our kernel's update of a weight in %s of shape %s is off by %.1e from torch's (at most %.0e); torch's is used",
-        name, tuple(weight.shape), apart, bound,
+        "optimizer: our kernel's update of %d weights in %s is off by %.1e (at most %.0e, from torch's own); torch's is used",
+        weight.numel(), name, ours, bound,
     )  # fmt: skip
     return False
 
