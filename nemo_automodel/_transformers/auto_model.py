@@ -32,6 +32,7 @@ from nemo_automodel.components.distributed.auto_checkpointing import AutoCheckpo
 from nemo_automodel.components.distributed.expert_parallel import expert_parallelize
 from nemo_automodel.components.distributed.tensor_parallel import tensor_parallelize
 from nemo_automodel.errors import ConfigError, ModelError
+from nemo_automodel.kernels import masked_scatter
 
 logger = logging.getLogger(__name__)
 
@@ -231,6 +232,8 @@ def _assemble(
     choose_experts(model, device, compute_dtype, experts_implementation)
     if has_towers(model):
         report_parts(model)
+        if device.type == "cuda":
+            masked_scatter.register()
     tp_mesh = getattr(distributed, "tp_mesh", None)  # a manager of the user's own may know no such thing
     if tp_mesh is not None and tp_mesh.size() > 1:
         require_no_cut(model)

@@ -30,8 +30,26 @@ def test_on_for_cuda_unless_said_otherwise(enabled, device, expected, monkeypatc
     blocks = [Block(), Block()]
     config = CompileConfig(enabled=enabled, mode="max-autotune", fullgraph=True, dynamic=False)
     assert config.apply(blocks, torch.device(device)) is expected
-    options = {"mode": "max-autotune", "fullgraph": True, "dynamic": False}
+    options = {"mode": "max-autotune", "fullgraph": True, "dynamic": False, "options": None}
     assert compiled == [options] * (2 if expected else 0)
+
+
+@pytest.mark.parametrize(("width", "bias", "unpadded"), [(1096, True, True), (1096, False, False), (1088, True, False), (24, True, False)])  # fmt: skip
+def test_rows_are_not_padded_where_a_bias_would_be_copied_into_them(width, bias, unpadded, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Sequential, "compile", lambda self, **options: compiled.append(options["options"]))
+    block = nn.Sequential(nn.Linear(8, width, bias=bias), nn.GELU(), nn.Linear(width, 8))
+    CompileConfig(enabled=True).apply([block], torch.device("cpu"))
+    CompileConfig(enabled=True, mode="default").apply([block], torch.device("cpu"))
+    assert compiled == [{"comprehensive_padding": False} if unpadded else None, None]
+
+
+def test_a_block_with_unpadded_rows_computes_the_same():
+    block = nn.Sequential(nn.Linear(8, 1096), nn.GELU(), nn.Linear(1096, 8))
+    x = torch.randn(3, 8)
+    expected = block(x)
+    assert CompileConfig(enabled=True).apply([block], x.device)
+    torch.testing.assert_close(block(x), expected)
 
 
 def test_off_where_deterministic_unless_said_otherwise(monkeypatch):
