@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nemo_automodel.components.attention.layout import Layout
-from nemo_automodel.kernels.block_attention import unsupported_reason
+from nemo_automodel.kernels.flash import unsupported_reason
 
 _NONE = -1
 

@@ -24,8 +24,10 @@ from nemo_automodel.components.attention.blocks import are_blocks, dense, mask_a
 from nemo_automodel.components.attention.context_parallel import context_attention, refuse
 from nemo_automodel.components.attention.layout import Layout, current_context, current_layout
 from nemo_automodel.components.attention.varlen import packed_attention, window_attention
-from nemo_automodel.kernels.block_attention import block_attention, fits
+from nemo_automodel.kernels.block_attention import block_attention
+from nemo_automodel.kernels.flash import fits, unsupported_reason
 from nemo_automodel.kernels.masks import written_mask
+from nemo_automodel.kernels.sink_attention import sink_attention
 
 NAME = "automodel"
 _EXTRAS = ("indices", "position_bias")  # arguments that say more of what is attended to
@@ -85,6 +87,9 @@ def attention(
             formula = partial(written_out_attention, dropout=dropout, scaling=scaling, softcap=softcap, sinks=s_aux)
         out = context_attention(query, key, value, context, dropout, scaling, sliding_window, formula)
         return out.transpose(1, 2).contiguous(), None
+    if s_aux is not None and _only_sinks(query, key, value, attention_mask, dropout, softcap, causal, kwargs):
+        window = _window(sliding_window, max_length_q or length)
+        return sink_attention(query, key, value, s_aux, scaling, window, cu_seq_lens_q, max_length_q), None
     written_out = softcap is not None or s_aux is not None
     biased = kwargs.get("position_bias") is not None  # which SDPA lays over a mask, not over a window or documents
     if attention_mask is None and (written_out or (biased and (sliding_window or cu_seq_lens_q is not None))):
@@ -188,6 +193,22 @@ def written_out_attention(
     else:
         weights = scores.softmax(dim=-1)
     return F.dropout(weights.to(query.dtype), p=dropout, training=dropout > 0) @ value
+
+
+def _only_sinks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    softcap: float | None,
+    causal: bool,
+    others: dict[str, Any],
+) -> bool:
+    """Whether nothing but sinks keeps torch's own kernels from this call."""
+    special = mask is not None or dropout or softcap is not None or not causal
+    biased = any(others.get(name) is not None for name in _EXTRAS)
+    return not (special or biased) and fits(query, key, value) and unsupported_reason(query.device, query.dtype) is None
 
 
 def _only_selected(indices: Tensor, keys: int, mask: Tensor | None, query: Tensor) -> Tensor:

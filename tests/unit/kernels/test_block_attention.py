@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_automodel.kernels.block_attention import fits, unsupported_reason
+from nemo_automodel.kernels.flash import fits, unsupported_reason
 from tests.unit.kernels.interpreted_block_attention import *  # noqa: F403 the same cases, without the interpreter
 
 
