@@ -44,7 +44,8 @@ class DataLoader:
     """Micro-batches of a dataset for one rank (a ``types.Loader``).
 
     Args:
-        dataset: anything with ``len`` and integer indexing that returns ``types.Sample`` rows.
+        dataset: anything with ``len`` and integer indexing that returns ``types.Sample`` rows; ``arrays(index)``, where it is
+            there, returns a row's ids and labels as two arrays and is used instead.
         tokenizer: gives the pad id and the vocabulary size that ids are checked against; optional.
         packing: a ``PackedSequence``, or None for padded rows.
         seed: of the order (default 0); the same for every rank.
@@ -227,7 +228,7 @@ class _MicroBatches:
                 packs = [documents if documents != FILLER else [] for documents in items]
                 return self._packed(packs, ids)
             ids = [index for index in items if index != FILLER]
-            samples = [self.dataset[index] for index in ids]
+            samples = [self._sample(index) for index in ids]
             rows = [self._checked(index, sample) for index, sample in zip(ids, samples, strict=True)]
             if self._sees(samples):
                 return self._with_images(rows, samples, ids, len(items) - len(ids))
@@ -241,7 +242,7 @@ class _MicroBatches:
 
     def _packed(self, packs: list[list[int]], ids: list[int]) -> Batch:
         """Packs of whole rows; those of one without any image get a masked document that has one, as padded rows do."""
-        samples = {index: self.dataset[index] for index in ids}
+        samples = {index: self._sample(index) for index in ids}
         rows = [[self._checked(index, samples[index]) for index in documents] for documents in packs]
         if not self._sees(list(samples.values())):
             return collate_packed(rows, ids, self.size, self.pad_id)
@@ -281,7 +282,14 @@ class _MicroBatches:
         """One checked row."""
         if index == FILLER:  # one visible token, so that no attention row is empty
             return np.array([self.pad_id]), np.array([IGNORE_INDEX])
-        return self._checked(index, self.dataset[index])
+        return self._checked(index, self._sample(index))
+
+    def _sample(self, index: int) -> Any:
+        """A row as the dataset gives it, its ids as arrays where it has them."""
+        if (arrays := getattr(self.dataset, "arrays", None)) is None:
+            return self.dataset[index]
+        ids, labels = arrays(index)
+        return {"input_ids": ids, "labels": labels}
 
     def _checked(self, index: int, sample: Any) -> Row:
         try:
