@@ -58,14 +58,16 @@ class VisionWorkspace:
         (path / "recipe.yaml").write_text(yaml.safe_dump(recipe | sections, sort_keys=False))
 
     def run(self, *overrides: str, out: str = "out") -> list[dict[str, Any]]:
-        """Run in this process; returns the training lines of metrics.jsonl."""
+        """Run in this process, on one thread as ``spawn`` does; returns the training lines of metrics.jsonl."""
         from nemo_automodel.recipes.vlm.finetune import main
 
-        main(
-            load(
-                self.path / "recipe.yaml", [f"--checkpoint.checkpoint_dir={self.path / out}", *overrides], recipe="vlm"
-            )
-        )
+        options = [f"--checkpoint.checkpoint_dir={self.path / out}", *overrides]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # an update's last bit depends on where a tensor is cut among them
+        try:
+            main(load(self.path / "recipe.yaml", options, recipe="vlm"))
+        finally:
+            torch.set_num_threads(threads)
         return self.lines("metrics.jsonl", out)
 
     def spawn(self, *overrides: str, out: str = "out") -> list[dict[str, Any]]:
