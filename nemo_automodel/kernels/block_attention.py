@@ -83,7 +83,7 @@ def _forward(
     cu_seqlens: Tensor | None,
     longest: int,
 ) -> tuple[Tensor, Tensor]:
-    query, key, value = (_last_contiguous(x) for x in (query, key, value))
+    query, key, value = (last_contiguous(x) for x in (query, key, value))
     out, lse = _behind(query, key, value, scale, window, cu_seqlens, longest)
     out, lse = out.transpose(1, 2).contiguous(), lse.contiguous()
     seen = out.transpose(1, 2)
@@ -106,10 +106,10 @@ def _backward(
     longest: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = (query, key, value)
-    query, key, value, dout = (_last_contiguous(x) for x in (*wide, dout))
+    query, key, value, dout = (last_contiguous(x) for x in (*wide, dout))
     out, dout = out.transpose(1, 2), dout.transpose(1, 2)
     grads = _behind_backward(dout, query, key, value, out, lse, scale, window, cu_seqlens, longest)
-    dq, dk, dv = (_laid_out_as(grad, x) for grad, x in zip(grads, wide, strict=True))
+    dq, dk, dv = (laid_out_as(grad, x) for grad, x in zip(grads, wide, strict=True))
     _, add = _keys_ahead(query)
     add(query, key, value, out, lse, dout, (dq, dk, dv), blocks.contiguous(), scale)
     return dq, dk, dv
@@ -223,11 +223,12 @@ def _tokens(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 
-def _last_contiguous(x: Tensor) -> Tensor:
+def last_contiguous(x: Tensor) -> Tensor:
+    """``x`` or a copy of it, the last dimension contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _laid_out_as(x: Tensor, like: Tensor) -> Tensor:
+def laid_out_as(x: Tensor, like: Tensor) -> Tensor:
     """``x`` in the layout of ``torch.empty_like(like)``, which is what a compiled graph was told of."""
     if x.stride() == like.stride() or x.stride() == torch.empty_like(like, device="meta").stride():
         return x

@@ -1,8 +1,8 @@
 """One attention function for every model that takes attention from transformers' registry: dense, packed, windowed.
 
-``register()`` adds it under the name ``automodel``. Whatever it has no fast path for goes to transformers' own SDPA
-function or to the written-out formula, so that it is right for every argument a model may pass: a 4D mask, a sliding
-window, a soft-cap, attention sinks, dropout, a KV cache.
+``register()`` adds it under the name ``automodel``. Soft-capped scores have a kernel of their own on CUDA. Whatever
+there is no fast path for goes to transformers' own SDPA function or to the written-out formula, so that it is right for
+every argument a model may pass: a 4D mask, a sliding window, a soft-cap, attention sinks, dropout, a KV cache.
 
 Shape legend: B batch, H query heads, G key/value heads, S query length, K key length, E head size, D documents.
 """
@@ -26,6 +26,7 @@ from nemo_automodel.components.attention.layout import Layout, current_context, 
 from nemo_automodel.components.attention.varlen import packed_attention, window_attention
 from nemo_automodel.kernels.block_attention import block_attention, fits
 from nemo_automodel.kernels.masks import written_mask
+from nemo_automodel.kernels.softcap_attention import softcap_attention, unsupported_reason
 
 NAME = "automodel"
 _EXTRAS = ("indices", "position_bias")  # arguments that say more of what is attended to
@@ -85,8 +86,12 @@ def attention(
             formula = partial(written_out_attention, dropout=dropout, scaling=scaling, softcap=softcap, sinks=s_aux)
         out = context_attention(query, key, value, context, dropout, scaling, sliding_window, formula)
         return out.transpose(1, 2).contiguous(), None
-    written_out = softcap is not None or s_aux is not None
     biased = kwargs.get("position_bias") is not None  # which SDPA lays over a mask, not over a window or documents
+    plain = attention_mask is None and s_aux is None and not dropout and not biased
+    if softcap is not None and plain and _softcap_fits(query, key, value, softcap):
+        window = _window(sliding_window, max_length_q or length)
+        return softcap_attention(query, key, value, softcap, scaling, bool(causal), window, cu_seq_lens_q), None
+    written_out = softcap is not None or s_aux is not None
     if attention_mask is None and (written_out or (biased and (sliding_window or cu_seq_lens_q is not None))):
         attention_mask = _written_mask(length, key.shape[2], causal, sliding_window, cu_seq_lens_q, query.device)
     if written_out:
@@ -168,7 +173,7 @@ def written_out_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """The formula itself, for what no kernel does: soft-capped scores, and ``sinks`` [H], a logit no value goes with.
+    """The formula itself, for what no kernel does: ``softcap`` of scores, and ``sinks`` [H], a logit no value goes with.
 
     Shapes as in ``attention``; returns [B, H, S, E]. Scores are made in the inputs' dtype and normalised in fp32.
     """
@@ -188,6 +193,11 @@ def written_out_attention(
     else:
         weights = scores.softmax(dim=-1)
     return F.dropout(weights.to(query.dtype), p=dropout, training=dropout > 0) @ value
+
+
+def _softcap_fits(query: Tensor, key: Tensor, value: Tensor, softcap: float) -> bool:
+    same = query.dtype == key.dtype == value.dtype
+    return softcap > 0 and same and fits(query, key, value) and unsupported_reason(query.device, query.dtype) is None
 
 
 def _only_selected(indices: Tensor, keys: int, mask: Tensor | None, query: Tensor) -> Tensor:
