@@ -1,8 +1,8 @@
 """One attention function for every model that takes attention from transformers' registry: dense, packed, windowed.
 
-``register()`` adds it under the name ``automodel``. Whatever it has no fast path for goes to transformers' own SDPA
-function or to the written-out formula, so that it is right for every argument a model may pass: a 4D mask, a sliding
-window, a soft-cap, attention sinks, dropout, a KV cache.
+``register()`` adds it under the name ``automodel``. Soft-capped scores have a kernel of their own on CUDA. Whatever
+there is no fast path for goes to transformers' own SDPA function or to the written-out formula, so that it is right for
+every argument a model may pass: a 4D mask, a sliding window, a soft-cap, attention sinks, dropout, a KV cache.
 
 Shape legend: B batch, H query heads, G key/value heads, S query length, K key length, E head size, D documents.
 """
@@ -28,6 +28,8 @@ from nemo_automodel.kernels.block_attention import block_attention
 from nemo_automodel.kernels.flash import fits, unsupported_reason
 from nemo_automodel.kernels.masks import written_mask
 from nemo_automodel.kernels.sink_attention import sink_attention
+from nemo_automodel.kernels.softcap_attention import softcap_attention
+from nemo_automodel.kernels.softcap_attention import unsupported_reason as no_softcap_reason
 
 NAME = "automodel"
 _EXTRAS = ("indices", "position_bias")  # arguments that say more of what is attended to
@@ -87,11 +89,14 @@ def attention(
             formula = partial(written_out_attention, dropout=dropout, scaling=scaling, softcap=softcap, sinks=s_aux)
         out = context_attention(query, key, value, context, dropout, scaling, sliding_window, formula)
         return out.transpose(1, 2).contiguous(), None
-    if s_aux is not None and _only_sinks(query, key, value, attention_mask, dropout, softcap, causal, kwargs):
-        window = _window(sliding_window, max_length_q or length)
-        return sink_attention(query, key, value, s_aux, scaling, window, cu_seq_lens_q, max_length_q), None
-    written_out = softcap is not None or s_aux is not None
     biased = kwargs.get("position_bias") is not None  # which SDPA lays over a mask, not over a window or documents
+    if attention_mask is None and not dropout and not biased and _fits_alone(query, key, value):
+        window = _window(sliding_window, max_length_q or length)
+        if softcap and s_aux is None and no_softcap_reason(query.device, query.dtype) is None:
+            return softcap_attention(query, key, value, softcap, scaling, bool(causal), window, cu_seq_lens_q), None
+        if s_aux is not None and softcap is None and causal and unsupported_reason(query.device, query.dtype) is None:
+            return sink_attention(query, key, value, s_aux, scaling, window, cu_seq_lens_q, max_length_q), None
+    written_out = softcap is not None or s_aux is not None
     if attention_mask is None and (written_out or (biased and (sliding_window or cu_seq_lens_q is not None))):
         attention_mask = _written_mask(length, key.shape[2], causal, sliding_window, cu_seq_lens_q, query.device)
     if written_out:
@@ -173,7 +178,7 @@ def written_out_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """The formula itself, for what no kernel does: soft-capped scores, and ``sinks`` [H], a logit no value goes with.
+    """The formula itself, for what no kernel does: ``softcap`` of scores, and ``sinks`` [H], a logit no value goes with.
 
     Shapes as in ``attention``; returns [B, H, S, E]. Scores are made in the inputs' dtype and normalised in fp32.
     """
@@ -195,20 +200,8 @@ def written_out_attention(
     return F.dropout(weights.to(query.dtype), p=dropout, training=dropout > 0) @ value
 
 
-def _only_sinks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    softcap: float | None,
-    causal: bool,
-    others: dict[str, Any],
-) -> bool:
-    """Whether nothing but sinks keeps torch's own kernels from this call."""
-    special = mask is not None or dropout or softcap is not None or not causal
-    biased = any(others.get(name) is not None for name in _EXTRAS)
-    return not (special or biased) and fits(query, key, value) and unsupported_reason(query.device, query.dtype) is None
+def _fits_alone(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return query.dtype == key.dtype == value.dtype and fits(query, key, value)
 
 
 def _only_selected(indices: Tensor, keys: int, mask: Tensor | None, query: Tensor) -> Tensor:
