@@ -8,8 +8,9 @@ is for that one shape. What does not fit is a row that says so; a peer is then t
 checkpointing, ours chooses by ``activation_checkpointing: auto``. Whether contenders compute the same is ``step.py``'s
 matter; first losses are compared here (``loss error``: from the first contender's). Results are written after each point.
 
-``--longest`` takes one step at two lengths, extrapolates the peak (which is linear in the length), and tries from there
-on: longer while it fits, shorter while it does not; each try in a process of its own.
+``--longest`` takes one step at two lengths (and at twice the last, while a peak may be that of the optimizer's step),
+extrapolates the peak (which is linear in the length), and tries from there on: longer while it fits, shorter while it does
+not; each try in a process of its own.
 """
 
 from __future__ import annotations
@@ -176,22 +177,23 @@ def longest(kind: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]
         (row,) = rows_of("A", contender, [f"1x{length}"], (1, 0), arguments)
         return row
 
-    known = []
-    for length in (4 * unit, 8 * unit):
+    lengths, known = [4 * unit, 8 * unit], []
+    for length in lengths:
         known.append(attempt(length))
         yield known[-1]
-        if "failed" in known[-1]:
+        peaks = [row.get("peak GiB") for row in known]
+        if "failed" in known[-1] or None in peaks:  # it does not fit; or a CPU: nothing to fill
             return
-    peaks = [row["peak GiB"] for row in known]
-    if None in peaks:  # a CPU: nothing to fill
-        return
-    slope = (peaks[1] - peaks[0]) / (4 * unit)
+        flat = any(b <= a for a, b in itertools.pairwise(peaks[-3:]))  # type: ignore[operator]
+        if length == lengths[-1] and flat:  # at one end of the line at least it was not the activations' peak
+            lengths.append(2 * length)
+    slope = (peaks[-1] - peaks[-2]) / (lengths[-1] - lengths[-2])
     total = int(machine()["memory"].split()[0]) / 1024  # not asked of torch, which would take memory for itself
-    length = int((SHARE * total - peaks[0]) / slope + 4 * unit) // unit * unit
+    length = int((SHARE * total - peaks[-1]) / slope + lengths[-1]) // unit * unit
     best: int | None = None
     for _ in range(arguments.tries):
         row = attempt(length)
-        yield row | {"predicted GiB": round(peaks[0] + slope * (length - 4 * unit), 1)}
+        yield row | {"predicted GiB": round(peaks[-1] + slope * (length - lengths[-1]), 1)}
         change = max(unit, length // 16 // unit * unit)
         if "failed" in row:
             if best is not None:

@@ -33,8 +33,7 @@ def source_gradient(grad: Tensor, mask: Tensor, sizes: Sequence[int]) -> Tensor:
         width = 1
     wanted = mask[..., :1].expand(*grad.shape[:-1], 1) if whole_rows else mask.expand_as(grad)
     rows, number = wanted.reshape(-1), count // max(width, 1)
-    place = rows.cumsum(0) - 1
-    place = torch.where(rows & (place < number), place, number)  # one row more takes what is not wanted
+    place = (rows.cumsum(0) - 1).masked_fill_(~rows, number).clamp_(max=number)  # one row more takes what is not wanted
     found = grad.new_zeros(number + 1, width)
     found.index_copy_(0, place, grad.reshape(-1, width))
     return found[:number].reshape(sizes)

@@ -56,18 +56,19 @@ def test_lengths_are_tried_with_every_activation_computed_again(kind, contender,
     ]
 
 
-def test_the_longest_is_extrapolated_and_then_tried(monkeypatch):
-    """A device of 100 GiB on which a sequence takes 10 GiB and 1 GiB for each 4096 tokens."""
+@pytest.mark.parametrize(("least", "known"), [(0, [4, 8]), (30, [4, 8, 16, 32, 64])])
+def test_the_longest_is_extrapolated_and_then_tried(least, known, monkeypatch):
+    """A device of 100 GiB on which a sequence takes 10 GiB and 1 GiB for each 4096 tokens, or the optimizer ``least``."""
     monkeypatch.setattr(growth, "machine", lambda: {"memory": "102400 MiB"})
 
     def one(workload, contender, points, steps, arguments):
         length = int(points[0].split("x")[1])
-        peak = 10 + length / 4096
+        peak = max(least, 10 + length / 4096)
         yield {"sequence": length, **({"peak GiB": peak} if peak <= 99 else {"failed": "out of memory"})}
 
     monkeypatch.setattr(growth, "rows_of", one)
     arguments = type("Arguments", (), {"contenders": [], "cpu": False, "tries": 5})()
     rows = list(growth.longest("lora", arguments))
-    assert [row["sequence"] // 4096 for row in rows] == [4, 8, 87, 92]
-    assert ["failed" in row for row in rows] == [False, False, False, True]
-    assert rows[2]["predicted GiB"] == 97.0
+    assert [row["sequence"] // 4096 for row in rows] == [*known, 87, 92]
+    assert [row["sequence"] // 4096 for row in rows if "failed" in row] == [92]
+    assert rows[len(known)]["predicted GiB"] == 97.0
