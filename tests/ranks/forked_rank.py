@@ -29,13 +29,15 @@ PRELOADED = [
 
 
 def preload() -> None:
+    given = dict(os.environ)
     os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pyarrow's allocator would start a thread
     for name in PRELOADED:
         importlib.import_module(name)
-    del os.environ["JE_ARROW_MALLOC_CONF"]
     package = importlib.import_module("nemo_automodel")
     for module in pkgutil.walk_packages(package.__path__, "nemo_automodel."):
         importlib.import_module(module.name)
+    os.environ.clear()  # some set a variable when imported
+    os.environ.update(given)
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1, f"{threads} threads after the imports: a fork would lose all but one"
     gc.freeze()  # or each rank's collector copies every page that has an object in it

@@ -5,9 +5,10 @@ and transformers already, which saves each rank seven seconds of a processor: fo
 """
 
 import contextlib
+import functools
 import json
 import os
-import selectors
+import select
 import signal
 import subprocess
 import sys
@@ -48,24 +49,83 @@ def on_ranks(target: str, nproc: int, *args: object, timeout: float = 240, check
     """
     origins = _origins(nproc)
     with tempfile.TemporaryDirectory() as folder:
-        streams = [Path(folder, "stdout"), Path(folder, "stderr")]
+        streams = Path(folder, "stdout"), Path(folder, "stderr")
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        ranks = []
+        for rank, origin in enumerate(origins):
+            env = {**_variables(rank, nproc, store.port), "TORCHELASTIC_ERROR_FILE": f"{folder}/error_{rank}.json"}
+            ranks.append(Forked(origin, target, args, ROOT, streams, env))
+        try:
+            in_time = _wait(ranks, timeout)
+        finally:
+            for rank in ranks:
+                rank.kill()
+        stdout, stderr = (stream.read_text() for stream in streams)
+    if not in_time:
+        raise subprocess.TimeoutExpired([target, *args], timeout, stdout, stderr)
+    failed = any(rank.poll() for rank in ranks)
+    return _checked(subprocess.CompletedProcess([target, *args], int(failed), stdout, stderr), check)
+
+
+def fork(script: str, *args: object, cwd: Path, streams: tuple[Path, Path]) -> "Forked":
+    """``python script args`` in the background, in a forked process. One at a time, and not beside ``on_ranks``."""
+    return Forked(_origins(1)[0], script, args, cwd, streams, {})
+
+
+class Forked:
+    """A process that ``origin`` forks. What it prints is added to the files of ``streams``: stdout, stderr."""
+
+    def __init__(self, origin: subprocess.Popen, target: str, args, cwd: Path, streams: tuple[Path, Path], env: dict):
         for stream in streams:
             stream.touch()
-        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        for rank, origin in enumerate(origins):
-            job = {
-                "target": target,
-                "args": [*map(str, args)],
-                "cwd": str(ROOT),
-                "streams": [*map(str, streams)],
-                "env": _variables(rank, nproc, store.port) | {"TORCHELASTIC_ERROR_FILE": f"{folder}/error_{rank}.json"},
-            }
-            origin.stdin.write(json.dumps(job).encode() + b"\n")
-        codes = _wait(origins, timeout)
-        stdout, stderr = (stream.read_text() for stream in streams)
-    if codes is None:
-        raise subprocess.TimeoutExpired([target, *args], timeout, stdout, stderr)
-    return _checked(subprocess.CompletedProcess([target, *args], int(any(codes)), stdout, stderr), check)
+        job = {
+            "target": target,
+            "args": [*map(str, args)],
+            "cwd": str(cwd),
+            "streams": [*map(str, streams)],
+            "env": env,
+        }
+        self._answers, self._code = origin.stdout, None
+        origin.stdin.write(json.dumps(job).encode() + b"\n")
+
+    @functools.cached_property
+    def pid(self) -> int:
+        line = self._answers.readline()
+        assert line, "the process to fork from has ended; the reason is in what pytest captured of stderr"
+        return int(line)
+
+    def poll(self) -> int | None:
+        """Its exit code; None while it runs."""
+        return self.wait(0)
+
+    def wait(self, seconds: float) -> int | None:
+        """Its exit code; None if it still runs after ``seconds``."""
+        if self._code is None and self.pid and select.select([self._answers], [], [], seconds)[0]:
+            self._code = int(self._answers.readline())
+        return self._code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+        self.wait(60)
+
+
+def _wait(ranks: list[Forked], timeout: float) -> bool:
+    """Whether all ended in time; the others are told to after one that fails, as torchrun tells them."""
+    deadline, failed = time.monotonic() + timeout, False
+    while any(rank.poll() is None for rank in ranks):
+        if not failed and any(rank.poll() for rank in ranks):
+            failed, deadline = True, time.monotonic() + _GRACE
+            for rank in ranks:
+                rank.send_signal(signal.SIGTERM)
+        if time.monotonic() > deadline:
+            return failed
+        time.sleep(0.01)
+    return True
 
 
 def _variables(rank: int, nproc: int, port: int) -> dict[str, str]:
@@ -105,41 +165,6 @@ def _origins(count: int) -> list[subprocess.Popen]:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
         _started.append(subprocess.Popen(command, cwd=ROOT, env=wanted, start_new_session=True, **pipes))
     return _started[:count]
-
-
-def _wait(origins: list[subprocess.Popen], timeout: float) -> list[int] | None:
-    """Exit codes; the others are ended after one that fails, as torchrun does. None: not done in time, and killed."""
-    pids = {origin: int(origin.stdout.readline()) for origin in origins}
-    codes: dict[subprocess.Popen, int] = {}
-    deadline, in_time = time.monotonic() + timeout, True
-    try:
-        with selectors.DefaultSelector() as selector:
-            for origin in origins:
-                selector.register(origin.stdout, selectors.EVENT_READ, origin)
-            while len(codes) < len(origins):
-                ready = selector.select(max(0.0, deadline - time.monotonic()))
-                for key, _ in ready:
-                    selector.unregister(key.fileobj)
-                    codes[key.data] = int(key.data.stdout.readline())
-                    if codes[key.data] and list(codes.values()).count(0) == len(codes) - 1:
-                        _signal(pids, codes, signal.SIGTERM)
-                        deadline = min(deadline, time.monotonic() + _GRACE)
-                if not ready:
-                    in_time = any(codes.values())
-                    break
-    finally:
-        _signal(pids, codes, signal.SIGKILL)
-        for origin in origins:
-            if origin not in codes:
-                codes[origin] = int(origin.stdout.readline())
-    return [codes[origin] for origin in origins] if in_time else None
-
-
-def _signal(pids: dict[subprocess.Popen, int], codes: dict[subprocess.Popen, int], number: int) -> None:
-    for origin, pid in pids.items():
-        if origin not in codes:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
 
 
 def _environment() -> dict[str, str]:
