@@ -106,6 +106,11 @@ def run(job: dict) -> None:
         sys.argv = [target, *arguments]
         sys.path[0] = os.path.dirname(target)
         runpy.run_path(target, run_name="__main__")
+    elif ":" not in target:
+        sys.argv = [target, *arguments]
+        sys.path[0] = job["cwd"]
+        del sys.modules[target]
+        runpy.run_module(target, run_name="__main__", alter_sys=True)
     else:
         module, function = target.split(":")
         sys.argv = ["-c", *arguments]

@@ -67,9 +67,24 @@ def on_ranks(target: str, nproc: int, *args: object, timeout: float = 240, check
     return _checked(subprocess.CompletedProcess([target, *args], int(failed), stdout, stderr), check)
 
 
-def fork(script: str, *args: object, cwd: Path, streams: tuple[Path, Path]) -> "Forked":
-    """``python script args`` in the background, in a forked process. One at a time, and not beside ``on_ranks``."""
-    return Forked(_origins(1)[0], script, args, cwd, streams, {})
+def fork(target: str, *args: object, cwd: Path, streams: tuple[Path, Path], env: dict | None = None) -> "Forked":
+    """``python target args``, or ``-m target``, in the background. One at a time, and not beside ``on_ranks``."""
+    return Forked(_origins(1, env)[0], target, args, cwd, streams, {})
+
+
+def automodel(*args: object, cwd: Path, env: dict | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
+    """The command in a forked process: for what it trains, not for how it starts."""
+    with tempfile.TemporaryDirectory() as folder:
+        streams = Path(folder, "stdout"), Path(folder, "stderr")
+        process = fork("nemo_automodel.cli.app", *args, cwd=cwd, streams=streams, env=env)
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+        stdout, stderr = (stream.read_text() for stream in streams)
+    if code is None:
+        raise subprocess.TimeoutExpired(["automodel", *args], timeout, stdout, stderr)
+    return subprocess.CompletedProcess(["automodel", *args], code, stdout, stderr)
 
 
 class Forked:
@@ -150,9 +165,9 @@ _started: list[subprocess.Popen] = []
 _started_with: dict[str, str] = {}
 
 
-def _origins(count: int) -> list[subprocess.Popen]:
-    """A process for each rank number, with the environment of now: libraries read theirs when imported."""
-    wanted = _environment()
+def _origins(count: int, env: dict | None = None) -> list[subprocess.Popen]:
+    """A process for each rank number, started anew for another environment: libraries read theirs when imported."""
+    wanted = _environment(env)
     if wanted != _started_with:
         for origin in _started:
             origin.stdin.close()
@@ -167,9 +182,10 @@ def _origins(count: int) -> list[subprocess.Popen]:
     return _started[:count]
 
 
-def _environment() -> dict[str, str]:
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+def _environment(env: dict | None = None) -> dict[str, str]:
+    given = os.environ if env is None else env
+    path = os.pathsep.join(filter(None, (str(ROOT), given.get("PYTHONPATH"))))
+    environment = {**given, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     environment.pop("PYTEST_CURRENT_TEST", None)
     return environment
 

@@ -80,6 +80,7 @@ def wrong(cell: Cell, found: dict) -> str | None:
     return None
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_sample_of_cells(tmp_path, layout):
     check(layout, cells_of(layout, whole=False), tmp_path)
