@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from nemo_automodel.components.training.adamw import AdamW
-from tests.ranks.launch import torchrun
+from tests.ranks.launch import on_ranks
 
 STATES = ["float32", "int8"] if importlib.util.find_spec("bitsandbytes") is not None else ["float32"]
 
@@ -59,4 +59,4 @@ def on_two_ranks():
 
 
 def test_sharded_and_replicated_weights():
-    torchrun("tests.ranks.test_adamw_sharded:on_two_ranks", 2)
+    on_ranks("tests.ranks.test_adamw_sharded:on_two_ranks", 2)

@@ -21,7 +21,7 @@ from nemo_automodel.components.attention.function import register
 from nemo_automodel.components.distributed.context_parallel import shard_sequence
 from nemo_automodel.components.loss.linear_ce import FusedLinearCrossEntropy
 from tests.builders import tiny_config
-from tests.ranks.launch import torchrun
+from tests.ranks.launch import on_ranks
 
 CONFIGS = {
     "llama": {},
@@ -157,4 +157,4 @@ def check(kind, lora, dtype, packed, loss_fn, mesh, loss, grads, tolerance, nois
 
 @pytest.mark.parametrize("nproc", [2, 4])
 def test_loss_and_gradients_equal_plain_transformers(nproc):
-    torchrun("tests.ranks.test_context_parallel:compare", nproc, timeout=500)
+    on_ranks("tests.ranks.test_context_parallel:compare", nproc, timeout=500)

@@ -23,7 +23,7 @@ from nemo_automodel.components.distributed.env import DistEnv
 from nemo_automodel.components.distributed.fsdp2 import FSDP2Manager
 from nemo_automodel.types import TrainState
 from tests.builders import tiny_config
-from tests.ranks.launch import ROOT, torchrun
+from tests.ranks.launch import ROOT, on_ranks
 from tests.recipes.workspace import make_workspace
 from tests.unit.checkpoint.runs import GlobalRNG, Schedule
 
@@ -99,7 +99,7 @@ def between_layouts(root: str) -> None:
 
 
 def test_every_layout_restores_what_any_other_saved(tmp_path):
-    torchrun("tests.ranks.test_elastic:between_layouts", 4, tmp_path, timeout=400)
+    on_ranks("tests.ranks.test_elastic:between_layouts", 4, tmp_path, timeout=400)
 
 
 def lora_in_bf16(root: str, stage: str) -> None:
@@ -126,8 +126,8 @@ def lora_in_bf16(root: str, stage: str) -> None:
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
 def test_adapters_move_between_one_rank_and_two(before, after, tmp_path):
-    torchrun("tests.ranks.test_elastic:lora_in_bf16", before, tmp_path, "save")
-    torchrun("tests.ranks.test_elastic:lora_in_bf16", after, tmp_path, "restore")
+    on_ranks("tests.ranks.test_elastic:lora_in_bf16", before, tmp_path, "save")
+    on_ranks("tests.ranks.test_elastic:lora_in_bf16", after, tmp_path, "restore")
 
 
 LAYOUTS = {
@@ -151,7 +151,7 @@ COMMON = [
 def launch(workspace, layout: str, out: str, *more: str):
     nproc, args = LAYOUTS[layout]
     target = f"--checkpoint.checkpoint_dir={workspace.path / out}"
-    return torchrun(RECIPE, nproc, "-c", workspace.recipe, target, *COMMON, *args, *more)
+    return on_ranks(RECIPE, nproc, "-c", workspace.recipe, target, *COMMON, *args, *more)
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_another_run_is_refused_with_what_differs(change, stopped):
     workspace, checkpoint, _ = stopped("FSDP4")
     override, said = REFUSED[change]
     target = [f"--checkpoint.checkpoint_dir={workspace.path / 'refused'}", f"--checkpoint.restore_from={checkpoint}"]
-    result = torchrun(RECIPE, 2, "-c", workspace.recipe, *target, *COMMON, override, check=False)
+    result = on_ranks(RECIPE, 2, "-c", workspace.recipe, *target, *COMMON, override, check=False)
     assert result.returncode != 0
     assert "belongs to another run" in result.stderr
     assert said in result.stderr

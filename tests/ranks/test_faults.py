@@ -264,7 +264,7 @@ def test_uneven_shards_of_data_finish(tmp_path):
     assert ours == pytest.approx([line["loss"] for line in one], rel=1e-5)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=full)])
+@pytest.mark.parametrize("kills", [pytest.param(2, marks=pytest.mark.sample), pytest.param(20, marks=full)])
 def test_1_2_kills_at_random_moments_of_a_sharded_run(kills, tmp_path):
     """One rank or both; the other must end by itself, name the dead one, and no complete checkpoint is ever lost."""
     command = [sys.executable, "-m", "tests.ranks.kills", str(tmp_path), str(kills), "1"]

@@ -14,7 +14,7 @@ from nemo_automodel.components.distributed.env import DistEnv
 from nemo_automodel.components.distributed.fsdp2 import FSDP2Manager
 from nemo_automodel.components.distributed.grads import GradClipper
 from nemo_automodel.errors import ConfigError
-from tests.ranks.launch import torchrun
+from tests.ranks.launch import on_ranks
 
 
 def build():
@@ -56,7 +56,7 @@ def fsdp_gradients(micro_batches: str) -> None:
 
 @pytest.mark.parametrize(("nproc", "micro"), [(1, 1), (2, 1), (2, 3), (4, 2)])
 def test_gradients_equal_one_process(nproc, micro):
-    torchrun("tests.ranks.test_fsdp2:fsdp_gradients", nproc, micro)
+    on_ranks("tests.ranks.test_fsdp2:fsdp_gradients", nproc, micro)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from nemo_automodel.components.checkpoint.checkpointer import Checkpointer
 from nemo_automodel.components.checkpoint.ranks import Ranks
 from nemo_automodel.components.distributed.env import DistEnv
 from nemo_automodel.errors import CheckpointError
-from tests.ranks.launch import torchrun
+from tests.ranks.launch import on_ranks
 from tests.unit.checkpoint.runs import train
 from tests.unit.checkpoint.test_ranks import assert_equal, numbers, sharded
 
@@ -76,7 +76,7 @@ def disk(tmp_path):
 
 
 def test_16_to_19_a_disk_that_refuses_on_one_rank_or_all(tmp_path, disk):
-    torchrun("tests.ranks.test_full_disk:two_ranks", 2, tmp_path, disk or "")
+    on_ranks("tests.ranks.test_full_disk:two_ranks", 2, tmp_path, disk or "")
     found = publish.find_checkpoints(Path(tmp_path, "ckpt"))
     assert len(found) == 2
     assert all(publish.damage(checkpoint.path, Ranks(None)) == [] for checkpoint in found)

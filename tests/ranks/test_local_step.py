@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_automodel.components.training.adamw import AdamW
 from nemo_automodel.components.training.local_step import step_on_local_tensors
-from tests.ranks.launch import torchrun
+from tests.ranks.launch import on_ranks
 
 CASES = [
     (optim.Adadelta, {"weight_decay": 0.1}),
@@ -184,7 +184,7 @@ def on_two_ranks(what):
 
 @pytest.mark.parametrize("what", ["equality", "hooks", "other_layout"])
 def test_on_two_ranks(what):
-    torchrun("tests.ranks.test_local_step:on_two_ranks", 2, what)
+    on_ranks("tests.ranks.test_local_step:on_two_ranks", 2, what)
 
 
 class Own(optim.AdamW):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from tests.ranks.launch import ROOT, torchrun
+from tests.ranks.launch import ROOT, on_ranks
 from tests.ranks.parity import FLOAT64, LAYOUTS, MODELS, Cell, oracle
 
 TABLE = ROOT / "docs" / "parity.md"
@@ -61,7 +61,7 @@ def run(layout: str, cells: list[Cell], root: Path) -> dict[str, dict]:
         if not path.exists():
             torch.save(oracle(cell, root), path)
     (root / "cells.json").write_text(json.dumps([asdict(cell) for cell in cells]))
-    torchrun(
+    on_ranks(
         "tests.ranks.parity:main", LAYOUTS[layout][0], root, root / "cells.json", root / "results.json", timeout=900
     )
     return json.loads((root / "results.json").read_text())
@@ -80,6 +80,7 @@ def wrong(cell: Cell, found: dict) -> str | None:
     return None
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_sample_of_cells(tmp_path, layout):
     check(layout, cells_of(layout, whole=False), tmp_path)

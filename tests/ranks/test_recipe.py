@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.ranks.launch import ROOT, torchrun
+from tests.ranks.launch import ROOT, on_ranks, torchrun
 from tests.recipes.test_parity import plain_loop, rows_and_order
 from tests.recipes.workspace import make_workspace
 
@@ -42,7 +42,7 @@ def test_n_ranks_train_as_one(tmp_path, case, nproc):
     assert [line["grad_norm"] for line in many] == pytest.approx([line["grad_norm"] for line in one], rel=1e-4)
     assert [line["num_label_tokens"] for line in many] == [line["num_label_tokens"] for line in one]
 
-    torchrun(RECIPE, nproc, "-c", workspace.recipe, f"--checkpoint.checkpoint_dir={tmp_path}/again", *args,
+    on_ranks(RECIPE, nproc, "-c", workspace.recipe, f"--checkpoint.checkpoint_dir={tmp_path}/again", *args,
              f"--checkpoint.restore_from={next((tmp_path / 'many').glob('epoch_*_step_3'))}")  # fmt: skip
     again = workspace.metrics("again")
     assert [line["loss_hex"] for line in again] == [line["loss_hex"] for line in many[3:]]
@@ -63,7 +63,7 @@ def test_class_1_the_router_loss_is_the_mean_over_ranks(tmp_path):
     workspace = make_workspace(tmp_path, "mixtral", output_router_logits=True, router_aux_loss_coef=1.0)
     args = ["--step_scheduler.max_steps=5", "--optimizer.lr=0.001", "--lr_scheduler.decay=constant",
             "--lr_scheduler.warmup_steps=0"]  # fmt: skip
-    torchrun(RECIPE, 2, "-c", workspace.recipe, f"--checkpoint.checkpoint_dir={tmp_path}/out", *args)
+    on_ranks(RECIPE, 2, "-c", workspace.recipe, f"--checkpoint.checkpoint_dir={tmp_path}/out", *args)
     ours = [line["loss"] for line in workspace.metrics()]
     data, order = rows_and_order(workspace, args)
     oracle, _ = plain_loop(workspace.model_dir, data, order[:5], 0.001, 1.0, lambda ids: [ids[0::2], ids[1::2]])

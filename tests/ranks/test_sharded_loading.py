@@ -28,7 +28,7 @@ from nemo_automodel.components.checkpoint.stream import write_weights
 from nemo_automodel.components.distributed.env import DistEnv
 from nemo_automodel.components.distributed.fsdp2 import FSDP2Manager
 from tests.builders import tiny_config
-from tests.ranks.launch import torchrun
+from tests.ranks.launch import on_ranks
 
 FAMILIES = {
     "llama": {},
@@ -168,7 +168,7 @@ def fresh(env: DistEnv, manager, out: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "nproc"), [pytest.param("1d", 1, marks=pytest.mark.full), ("1d", 2), ("2d", 4)])
 def test_every_tensor_is_what_transformers_loads_and_fresh_ones_are_the_same(folder, kind, nproc):
-    torchrun("tests.ranks.test_sharded_loading:load", nproc, folder, kind, *FAMILIES)
+    on_ranks("tests.ranks.test_sharded_loading:load", nproc, folder, kind, *FAMILIES)
     found = [path.read_text().splitlines() for path in sorted(folder.glob("fresh-*.txt"))]
     assert len(set(found[0])) == len(FRESH) + 1
     for each in found:

@@ -30,7 +30,7 @@ from nemo_automodel.components.loss.linear_ce import FusedLinearCrossEntropy
 from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
 from nemo_automodel.errors import ConfigError
 from tests.builders import tiny_config
-from tests.ranks.launch import torchrun
+from tests.ranks.launch import on_ranks
 from tests.ranks.test_context_parallel import batch_of, cross_entropy_sum, documents
 
 _NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
@@ -146,13 +146,13 @@ def compare_one(kind, dtype, lora, mesh, extent, tolerance):
 
 
 def test_sample_equals_plain_transformers_on_two_ranks():
-    torchrun("tests.ranks.test_tensor_parallel:compare", 2, "llama,gemma3_text,qwen3_moe,gpt2", "sample")
+    on_ranks("tests.ranks.test_tensor_parallel:compare", 2, "llama,gemma3_text,qwen3_moe,gpt2", "sample")
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("nproc", [2, 4])
 def test_loss_and_gradients_equal_plain_transformers(nproc):
-    torchrun("tests.ranks.test_tensor_parallel:compare", nproc, ",".join(CONFIGS), "full", timeout=1200)
+    on_ranks("tests.ranks.test_tensor_parallel:compare", nproc, ",".join(CONFIGS), "full", timeout=1200)
 
 
 def shards() -> None:
@@ -206,7 +206,7 @@ def exchanged(mesh):
 
 @pytest.mark.parametrize("nproc", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_what_is_stored_is_whole_when_gathered(nproc):
-    torchrun("tests.ranks.test_tensor_parallel:shards", nproc)
+    on_ranks("tests.ranks.test_tensor_parallel:shards", nproc)
 
 
 def saved_bytes(model, ids):
@@ -279,7 +279,7 @@ def behaviour() -> None:
 
 
 def test_activations_shrink_blocks_compile_and_wrong_plans_are_found_out():
-    torchrun("tests.ranks.test_tensor_parallel:behaviour", 2)
+    on_ranks("tests.ranks.test_tensor_parallel:behaviour", 2)
 
 
 @pytest.mark.parametrize(

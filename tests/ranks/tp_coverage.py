@@ -31,7 +31,7 @@ from nemo_automodel._transformers.tp_infer import infer
 from nemo_automodel._transformers.tp_plan import brings_plan, cut_share, plan_from_styles
 from nemo_automodel._transformers.tp_proof import Twin
 from nemo_automodel._transformers.twin_start import start_config
-from tests.ranks.launch import ROOT, torchrun
+from tests.ranks.launch import ROOT, on_ranks
 
 BATCH = 24  # architectures a pair of processes
 WORTH = 0.1
@@ -109,7 +109,7 @@ def run(names: list[str]) -> list[Row]:
         while left:
             file = Path(folder, f"{len(left)}.jsonl")
             with contextlib.suppress(subprocess.TimeoutExpired):
-                torchrun("tests.ranks.tp_coverage:measure", 2, file, *left[:BATCH], timeout=400, check=False)
+                on_ranks("tests.ranks.tp_coverage:measure", 2, file, *left[:BATCH], timeout=400, check=False)
             done = [Row(**json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
             rows += done
             assert rows, "no architecture was measured; run measure() by hand"

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.ranks.launch import torchrun
+from tests.ranks.launch import on_ranks
 from tests.recipes.workspace import ROOT, make_workspace
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -55,7 +55,7 @@ def test_two_ranks_compute_as_one(tmp_path, adapters):
     ]
     one = workspace.run(*options, out="one")
     target = str(ROOT / "nemo_automodel" / "recipes" / "llm" / "finetune.py")
-    torchrun(target, 2, "-c", workspace.recipe, f"--checkpoint.checkpoint_dir={tmp_path}/two", *options)
+    on_ranks(target, 2, "-c", workspace.recipe, f"--checkpoint.checkpoint_dir={tmp_path}/two", *options)
     assert [line["loss"] for line in workspace.metrics("two")] == pytest.approx(
         [line["loss"] for line in one], rel=2e-3
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.ranks.launch import ROOT, torchrun
+from tests.ranks.launch import ROOT, on_ranks
 from tests.recipes.workspace import make_workspace
 
 SIZES = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 1}
@@ -45,7 +45,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, state_dtype, nproc):
         if nproc == 1:
             return workspace.run(*options, *more, out=out)
         recipe = ROOT / "nemo_automodel/recipes/llm/finetune.py"
-        torchrun(
+        on_ranks(
             str(recipe), nproc, "-c", workspace.recipe, f"--checkpoint.checkpoint_dir={tmp_path / out}", *options, *more
         )
         return workspace.metrics(out)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from nemo_automodel.config import load
 from nemo_automodel.errors import ConfigError
-from tests.ranks.launch import ROOT, torchrun
+from tests.ranks.launch import ROOT, on_ranks
 from tests.recipes.workspace import make_workspace
 
 functional = pytest.importorskip("bitsandbytes").functional
@@ -72,6 +72,6 @@ def test_two_ranks_share_the_work_over_whole_packed_bases(tmp_path):
     ]
     one = workspace.run(*four, out="one")
     recipe = str(ROOT / "nemo_automodel/recipes/llm/finetune.py")
-    torchrun(recipe, 2, "-c", workspace.recipe, f"--checkpoint.checkpoint_dir={tmp_path / 'two'}", *four)
+    on_ranks(recipe, 2, "-c", workspace.recipe, f"--checkpoint.checkpoint_dir={tmp_path / 'two'}", *four)
     two = workspace.metrics("two")
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-3)

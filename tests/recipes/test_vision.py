@@ -23,9 +23,10 @@ from nemo_automodel.components.datasets.loader import DataLoader
 from nemo_automodel.components.datasets.packing import PackedSequence
 from nemo_automodel.components.datasets.vlm.conversation import make_vlm_chat_dataset
 from nemo_automodel.config import load
-from tests.recipes.workspace import ROOT
+from tests.ranks.launch import ROOT, automodel, on_ranks
 from tests.vlm_builders import write_vlm
 
+RECIPE = str(ROOT / "nemo_automodel/recipes/vlm/finetune.py")
 OURS = ("labels", "label_indices", "num_label_tokens", "num_tokens", "sample_ids", "num_images", "image_rows")
 
 
@@ -71,11 +72,9 @@ class VisionWorkspace:
         return self.lines("metrics.jsonl", out)
 
     def spawn(self, *overrides: str, out: str = "out") -> list[dict[str, Any]]:
-        """Run through the real command in a process of its own."""
-        command = [sys.executable, "-m", "nemo_automodel.cli.app", "finetune", "vlm", "-c", "recipe.yaml", *overrides]
-        command.append(f"--checkpoint.checkpoint_dir={self.path / out}")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        result = subprocess.run(command, cwd=self.path, env=environment, capture_output=True, text=True, timeout=300)
+        """Run by the command in a process of its own."""
+        target = f"--checkpoint.checkpoint_dir={self.path / out}"
+        result = automodel("finetune", "vlm", "-c", "recipe.yaml", *overrides, target, cwd=self.path)
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
         return self.lines("metrics.jsonl", out)
 
@@ -293,7 +292,12 @@ def test_two_ranks_equal_one(tmp_path, family, packed):
     options = ("--step_scheduler.local_batch_size=1", "--validation_dataset=null", "--optimizer.lr=0.0005")
     options = (*options, f"--packed_sequence.packed_sequence_size={packed}")
     one = workspace.run(*options)
-    two = workspace.spawn(*options, "--nproc-per-node=2", out="two")
+    if packed:
+        target = f"--checkpoint.checkpoint_dir={tmp_path / 'two'}"
+        on_ranks(RECIPE, 2, "-c", tmp_path / "recipe.yaml", *options, target)
+        two = workspace.lines("metrics.jsonl", "two")
+    else:
+        two = workspace.spawn(*options, "--nproc-per-node=2", out="two")
     assert [line["num_images"] for line in two] == [line["num_images"] for line in one]
     for alone, shared in zip(one, two, strict=True):
         assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-5)

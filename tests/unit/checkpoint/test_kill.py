@@ -19,14 +19,14 @@ def drive(*args, **env):
     return done.stdout
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(40, marks=pytest.mark.full)])
+@pytest.mark.parametrize("kills", [pytest.param(5, marks=pytest.mark.sample), pytest.param(40, marks=pytest.mark.full)])
 def test_1_class_16_random_kills(kills, tmp_path):
     result = json.loads(drive(tmp_path, "random", kills, 0).splitlines()[-1])
     assert result["steps"] > 3
     assert result["in_a_save"] >= kills // 10
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.full)])
+@pytest.mark.parametrize("kills", [pytest.param(4, marks=pytest.mark.sample), pytest.param(20, marks=pytest.mark.full)])
 def test_11_random_kills_while_a_save_is_written_in_the_background(kills, tmp_path):
     result = json.loads(drive(tmp_path, "random", kills, 1, ASYNC_SAVES="1").splitlines()[-1])
     assert result["steps"] > 3

@@ -21,7 +21,7 @@ from nemo_automodel.components.checkpoint.ranks import Ranks
 from nemo_automodel.components.distributed.env import DistEnv
 from nemo_automodel.components.distributed.fsdp2 import FSDP2Manager
 from nemo_automodel.errors import CheckpointError
-from tests.ranks.launch import torchrun
+from tests.ranks.launch import on_ranks
 from tests.unit.checkpoint.runs import Average, Schedule, logits, make_state, train
 
 TIED = {"tie_word_embeddings": True, "vocab_size": 385, "intermediate_size": 65}  # shards of unequal size
@@ -116,7 +116,7 @@ def test_two_ranks_and_one_share_checkpoints(tmp_path):
     Checkpointer(None, str(tmp_path / "one")).save(one)
     torch.save(numbers(one), tmp_path / "one.pt")
 
-    torchrun("tests.unit.checkpoint.test_ranks:two_ranks", 2, tmp_path)
+    on_ranks("tests.unit.checkpoint.test_ranks:two_ranks", 2, tmp_path)
 
     path = tmp_path / "ckpt/epoch_0_step_2"
     assert publish.damage(path, Ranks(None)) == []
