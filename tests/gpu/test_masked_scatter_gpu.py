@@ -20,7 +20,8 @@ def test_the_gradient_is_the_cpus_without_waiting(dtype, width):
     found = []
     for device in ("cpu", "cuda"):
         values = [t.to(device) for t in (into, source, weights, mask)]
-        values[0].requires_grad_(), values[1].requires_grad_()
+        for value in values[:2]:
+            value.requires_grad_()
         loss = (values[0].masked_scatter(values[3], values[1]) * values[2]).sum()
         if device == "cuda":
             torch.cuda.synchronize()
