@@ -49,7 +49,7 @@ def softcap_attention(
     """Attention with soft-capped scores.
 
     Args:
-        query: ``[B, H, S, E]``, any strides, E a multiple of 8 up to 256 (``block_attention.fits``), as the others.
+        query: ``[B, H, S, E]``, any strides, E a multiple of 8 up to 256 (``flash.fits``), as the others.
         key: ``[B, G, S, E]``, H a multiple of G.
         value: ``[B, G, S, E]``.
         softcap: above 0; no score is further from 0.
