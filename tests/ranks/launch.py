@@ -168,7 +168,7 @@ _started_with: dict[str, str] = {}
 def _origins(count: int, env: dict | None = None) -> list[subprocess.Popen]:
     """A process for each rank number, started anew for another environment: libraries read theirs when imported."""
     wanted = _environment(env)
-    if wanted != _started_with:
+    if wanted != _started_with or any(origin.poll() is not None for origin in _started):
         for origin in _started:
             origin.stdin.close()
             origin.wait()

@@ -41,10 +41,10 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def build(env, layout, peft, seed, dtype="float32"):
+def build(manager, peft, seed, dtype="float32"):
     torch.manual_seed(seed)
     config = tiny_config("llama", num_key_value_heads=4, tie_word_embeddings=peft is None)
-    model = NeMoAutoModelForCausalLM.from_config(config, dtype=dtype, peft=peft, distributed=MANAGERS[layout](env))
+    model = NeMoAutoModelForCausalLM.from_config(config, dtype=dtype, peft=peft, distributed=manager)
     model.config._name_or_path = "acme/base"
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
@@ -74,11 +74,12 @@ def numbers(state):
     return found
 
 
-def between_layouts(root: str) -> None:
+def between_layouts(root: str, *sources: str) -> None:
     env = DistEnv()
+    managers = {layout: make(env) for layout, make in MANAGERS.items()}  # each with threads for its process groups
     for peft in (None, PeftConfig(match_all_linear=True, dim=4)):
-        for number, source in enumerate(MANAGERS):
-            state = build(env, source, peft, seed=1)
+        for number, source in enumerate(sources):
+            state = build(managers[source], peft, seed=1)
             step(state)
             step(state)
             path = f"{root}/{source}-{peft is not None}"
@@ -89,7 +90,7 @@ def between_layouts(root: str) -> None:
                 step(state)
             checkpointer._background and checkpointer._background.wait()
             for target in MANAGERS:
-                again = build(env, target, peft, seed=1 if peft is not None else 2)
+                again = build(managers[target], peft, seed=1 if peft is not None else 2)
                 assert Checkpointer(env, path, restore_from="latest").restore(again)
                 restored = numbers(again)
                 assert restored.keys() == saved.keys()
@@ -98,14 +99,22 @@ def between_layouts(root: str) -> None:
     env.shutdown()
 
 
-def test_every_layout_restores_what_any_other_saved(tmp_path):
-    on_ranks("tests.ranks.test_elastic:between_layouts", 4, tmp_path, timeout=400)
+@pytest.mark.parametrize(
+    "sources",
+    [
+        pytest.param(("DDP", "FSDP2xTP2"), marks=pytest.mark.sample),
+        pytest.param(tuple(MANAGERS), marks=pytest.mark.full),
+    ],
+    ids=["two", "all"],
+)
+def test_every_layout_restores_what_any_other_saved(tmp_path, sources):
+    on_ranks("tests.ranks.test_elastic:between_layouts", 4, tmp_path, *sources, timeout=400)
 
 
 def lora_in_bf16(root: str, stage: str) -> None:
     """fp32 adapters on a bf16 base: outside FSDP2 on one rank, sharded on more."""
     env, peft = DistEnv(), PeftConfig(match_all_linear=True, dim=3, use_dora=True)
-    state = build(env, "FSDP4", peft, seed=1, dtype="bfloat16")
+    state = build(MANAGERS["FSDP4"](env), peft, seed=1, dtype="bfloat16")
     assert all(isinstance(p, DTensor) is (env.world_size > 1) for p in state.model.parameters() if p.requires_grad)
     if stage == "save":
         step(state)
