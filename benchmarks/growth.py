@@ -181,12 +181,14 @@ def longest(kind: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]
     for length in lengths:
         known.append(attempt(length))
         yield known[-1]
-        peaks = [row.get("peak GiB") for row in known]
-        if "failed" in known[-1] or None in peaks:  # it does not fit; or a CPU: nothing to fill
+        if "failed" in known[-1]:
             return
-        flat = any(b <= a for a, b in itertools.pairwise(peaks[-3:]))  # type: ignore[operator]
+        peaks = [row["peak GiB"] for row in known]
+        flat = None not in peaks and any(b <= a for a, b in itertools.pairwise(peaks[-3:]))
         if length == lengths[-1] and flat:  # at one end of the line at least it was not the activations' peak
             lengths.append(2 * length)
+    if None in peaks:  # a CPU: nothing to fill
+        return
     slope = (peaks[-1] - peaks[-2]) / (lengths[-1] - lengths[-2])
     total = int(machine()["memory"].split()[0]) / 1024  # not asked of torch, which would take memory for itself
     length = int((SHARE * total - peaks[-1]) / slope + lengths[-1]) // unit * unit

@@ -17,7 +17,7 @@ class GradClipper:
         max_norm: Upper bound of the norm over every parameter on every rank. Default 1.0; null only measures it.
         optimizer: What steps with these gradients (given by the recipe). One that can divide them by itself (torch's fused
             ones and ours: the ``grad_scale`` of mixed-precision training) is told by how much, and no pass over them is
-            made for it: they stay unclipped in ``.grad``. None: they are clipped in place.
+            made for it: they stay unclipped in ``.grad``. None: they are clipped in place, as float64 ones always are.
     """
 
     def __init__(self, max_norm: float | None = 1.0, optimizer: torch.optim.Optimizer | None = None):
@@ -31,7 +31,9 @@ class GradClipper:
         norm = global_grad_norm(grads)
         if self.max_norm is not None:
             divisor = ((norm + 1e-6) / self.max_norm).clamp(min=1.0)
-            if self._optimizer is not None:
+            if (
+                self._optimizer is not None and divisor.dtype == torch.float32
+            ):  # what it takes; not of float64 gradients
                 self._optimizer.grad_scale = divisor  # type: ignore[attr-defined]
                 return norm
             factor = 1 / divisor

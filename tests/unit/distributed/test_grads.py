@@ -33,10 +33,10 @@ class Schedule:
         return {}
 
 
-def run(make, clip, max_norm):
+def run(make, clip, max_norm, dtype=torch.float32):
     """Four steps through the recipe's guard; weights, norms and the last step's gradients."""
     generator = torch.Generator().manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((8, 16), (16,))]
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in ((8, 16), (16,))]
     optimizer = make(params)
     lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     guard = NonFiniteGuard()
@@ -44,7 +44,7 @@ def run(make, clip, max_norm):
     clipper, norms = clip(optimizer, max_norm), []
     for scale in (10.0, 0.01, 5.0, 1.0):
         for parameter in params:
-            parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
+            parameter.grad = scale * torch.randn(parameter.shape, generator=generator).to(dtype)
         raw = copy.deepcopy([p.grad for p in params])
         norms.append(clipper(params))
         kept = copy.deepcopy([p.grad for p in params])
@@ -66,6 +66,12 @@ def test_clipping_is_torchs_whoever_divides(make, max_norm):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
     by_itself = make is not one_by_one
     assert all(torch.equal(a, b) for a, b in zip(raw, kept, strict=True)) is (by_itself or max_norm > 1)
+
+
+def test_float64_gradients_are_clipped_in_float64():
+    expected, *_ = run(one_by_one, torchs, 1.0, torch.float64)
+    found, *_ = run(fused, lambda optimizer, norm: GradClipper(norm, optimizer), 1.0, torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_the_clipped_update_is_another_than_the_unclipped():
