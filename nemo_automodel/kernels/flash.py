@@ -22,18 +22,19 @@ _aten: Any = torch.ops.aten
 
 
 def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the op does not run on ``device`` in ``dtype``; None where it does. On the CPU it is there for small tests."""
+    """Why ``flash`` does not run on ``device`` in ``dtype``; None where it does. On the CPU it is there for small tests."""
     if device.type == "cpu":
         return None
     if device.type != "cuda" or torch.version.hip is not None:
         return f"there is no kernel for {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"there is no kernel for {dtype}"
-    return None if torch.cuda.get_device_capability(device) >= (8, 0) else "the GPU is too old for flash attention"
+    # Not get_device_capability: torch.compile takes the properties for constants.
+    return None if torch.cuda.get_device_properties(device).major >= 8 else "the GPU is too old for flash attention"
 
 
 def fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the op takes tensors of these shapes [B, H, S, E] and [B, G, S, E]."""
+    """Whether flash attention takes tensors of these shapes [B, H, S, E] and [B, G, S, E]."""
     size = query.shape[-1]
     return (
         size == key.shape[-1] == value.shape[-1] <= MAX_HEAD_SIZE and size % 8 == 0 and query.shape[2] == key.shape[2]

@@ -28,11 +28,12 @@ def source_gradient(grad: Tensor, mask: Tensor, sizes: Sequence[int]) -> Tensor:
     """
     count = math.prod(sizes)
     width = grad.shape[-1] if grad.ndim else 1
-    whole_rows = mask.ndim == grad.ndim > 0 and count % width == 0 and (mask.shape[-1] == 1 or mask.stride(-1) == 0)
+    rows_of_mask = mask.ndim == grad.ndim > 0 and (mask.shape[-1] == 1 or mask.stride(-1) == 0)
+    whole_rows = rows_of_mask and width > 0 and count % width == 0
     if not whole_rows:
         width = 1
     wanted = mask[..., :1].expand(*grad.shape[:-1], 1) if whole_rows else mask.expand_as(grad)
-    rows, number = wanted.reshape(-1), count // max(width, 1)
+    rows, number = wanted.reshape(-1), count // width
     place = (rows.cumsum(0) - 1).masked_fill_(~rows, number).clamp_(max=number)  # one row more takes what is not wanted
     found = grad.new_zeros(number + 1, width)
     found.index_copy_(0, place, grad.reshape(-1, width))

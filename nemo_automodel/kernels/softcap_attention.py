@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_automodel.kernels import flash
 from nemo_automodel.kernels.flash import laid_out_as, last_contiguous
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -28,12 +29,7 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
         return "Triton is not installed"
     if device.type == "cpu" and _INTERPRETED:
         return None if dtype in (torch.float32, torch.float16) else f"Triton's interpreter has no {dtype}"
-    if device.type != "cuda" or torch.version.hip is not None:
-        return f"there is no kernel for {device.type}"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"there is no kernel for {dtype}"
-    # Not get_device_capability: torch.compile takes the properties for constants.
-    return None if torch.cuda.get_device_properties(device).major >= 8 else "the GPU is too old for flash attention"
+    return "there is no kernel for cpu" if device.type == "cpu" else flash.unsupported_reason(device, dtype)
 
 
 def softcap_attention(

@@ -1,6 +1,6 @@
 """One attention function for every model that takes attention from transformers' registry: dense, packed, windowed.
 
-``register()`` adds it under the name ``automodel``. Soft-capped scores have a kernel of their own on CUDA. Whatever
+``register()`` adds it under the name ``automodel``. Soft-capped scores have kernels of their own on CUDA, sinks torch's. Whatever
 there is no fast path for goes to transformers' own SDPA function or to the written-out formula, so that it is right for
 every argument a model may pass: a 4D mask, a sliding window, a soft-cap, attention sinks, dropout, a KV cache.
 
@@ -90,13 +90,13 @@ def attention(
         out = context_attention(query, key, value, context, dropout, scaling, sliding_window, formula)
         return out.transpose(1, 2).contiguous(), None
     biased = kwargs.get("position_bias") is not None  # which SDPA lays over a mask, not over a window or documents
-    if attention_mask is None and not dropout and not biased and _fits_alone(query, key, value):
+    written_out = softcap is not None or s_aux is not None
+    if written_out and attention_mask is None and not dropout and not biased and _fits_alone(query, key, value):
         window = _window(sliding_window, max_length_q or length)
         if softcap and s_aux is None and no_softcap_reason(query.device, query.dtype) is None:
             return softcap_attention(query, key, value, softcap, scaling, bool(causal), window, cu_seq_lens_q), None
         if s_aux is not None and softcap is None and causal and unsupported_reason(query.device, query.dtype) is None:
             return sink_attention(query, key, value, s_aux, scaling, window, cu_seq_lens_q, max_length_q), None
-    written_out = softcap is not None or s_aux is not None
     if attention_mask is None and (written_out or (biased and (sliding_window or cu_seq_lens_q is not None))):
         attention_mask = _written_mask(length, key.shape[2], causal, sliding_window, cu_seq_lens_q, query.device)
     if written_out:
