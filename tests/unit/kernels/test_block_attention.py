@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from nemo_automodel.kernels.flash import fits, unsupported_reason
 from tests.unit.kernels.interpreted_block_attention import *  # noqa: F403 the same cases, without the interpreter
+from tests.unit.kernels.interpreter import require_passes
 
 
 @pytest.mark.parametrize("cases", ["not full", pytest.param("full", marks=pytest.mark.full)])
 def test_under_the_interpreter(cases: str) -> None:
-    """Its own process, because Triton decides when it is first imported whether it interprets."""
-    pytest.importorskip("triton")
-    path = Path(__file__).with_name("interpreted_block_attention.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", cases, str(path)]
-    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert " passed" in run.stdout
-    assert "skipped" not in run.stdout
+    require_passes("interpreted_block_attention.py", "-m", cases)
 
 
 def test_where_it_runs() -> None:

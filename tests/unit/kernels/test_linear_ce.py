@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +15,7 @@ from nemo_automodel.kernels.linear_ce import (
     linear_cross_entropy,
 )
 from nemo_automodel.kernels.reference import linear_cross_entropy as reference
+from tests.unit.kernels.interpreter import require_passes
 
 T, H, V = 37, 24, 101
 
@@ -169,11 +166,4 @@ def test_row_op_is_a_well_formed_custom_op():
 
 
 def test_triton_row_kernel_under_the_interpreter():
-    """Its own process, because Triton decides when it is first imported whether it interprets."""
-    pytest.importorskip("triton")
-    cases = Path(__file__).with_name("interpreted_linear_ce.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
-    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert " passed" in run.stdout
-    assert "skipped" not in run.stdout
+    require_passes("interpreted_linear_ce.py")

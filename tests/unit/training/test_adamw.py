@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +12,7 @@ from torch import nn
 from nemo_automodel.components.training.adamw import AdamW
 from nemo_automodel.errors import ConfigError
 from nemo_automodel.kernels.adamw import seed_of, store
+from tests.unit.kernels.interpreter import require_passes
 
 EIGHT_BITS = pytest.param(
     "int8", marks=pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
@@ -133,13 +130,7 @@ def test_what_does_not_fit_blocks_and_what_is_small_is_kept_wider(state_dtype):
 
 
 def test_kernel_under_the_interpreter():
-    pytest.importorskip("triton")
-    cases = Path(__file__).parents[1] / "kernels/interpreted_adamw.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
-    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert " passed" in run.stdout
-    assert "skipped" not in run.stdout
+    require_passes("interpreted_adamw.py")
 
 
 def test_a_wrong_option_is_named():
