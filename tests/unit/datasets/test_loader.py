@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+import timeit
 
 import datasets
 import numpy as np
@@ -247,8 +248,9 @@ def test_a_killed_worker_is_one_error() -> None:
 def test_packing_a_hundred_thousand_rows_takes_well_under_a_second() -> None:
     draw = random.Random(0)
     lengths = [draw.randint(10, 900) for _ in range(100_000)]
-    start = time.process_time()  # not what others take of the processor
     packs = pack(range(100_000), lengths, 2048)
-    assert time.process_time() - start < 1.0
+    # Neither what others take of the processor nor, as `timeit` sees to, the garbage that other tests left behind.
+    seconds = timeit.repeat(lambda: pack(range(100_000), lengths, 2048), timer=time.process_time, number=1, repeat=3)
+    assert min(seconds) < 1.0
     assert list(itertools.chain(*packs)) == list(range(100_000))
     assert max(sum(lengths[i] for i in p) for p in packs) <= 2048
