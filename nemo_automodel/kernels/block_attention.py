@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from nemo_automodel.kernels.attention_op import attention_op
 from nemo_automodel.kernels.flash import flash, flash_backward, laid_out_as, last_contiguous
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -48,7 +48,7 @@ def block_attention(
     Returns ``[B, S, H, E]``, contiguous.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _forward_op(query, key, value, blocks, scale, window, cu_seqlens, longest or query.shape[2])[0]
+    return _op(query, key, value, blocks, scale, window, cu_seqlens, longest or query.shape[2])[0]
 
 
 def _forward(
@@ -72,11 +72,11 @@ def _forward(
 
 def _backward(
     dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
     blocks: Tensor,
     scale: float,
     window: int | None,
@@ -135,7 +135,7 @@ def _add_forward(
         v = value[row][:, at].double().repeat_interleave(groups, dim=0)
         part = (scores - merged[..., None]).exp() @ v
         out[row, :, at] = (out[row][:, at] * (level - merged).exp()[..., None] + part).to(out.dtype)
-        lse[row, :, at] = merged.float()
+        lse[row, :, at] = merged.to(lse.dtype)
 
 
 def _add_backward(
@@ -162,44 +162,9 @@ def _add_backward(
             grad[row, :, at] += part.to(grad.dtype)
 
 
-_ARGUMENTS = "Tensor blocks, float scale, int? window, Tensor? cu_seqlens, SymInt longest"
-_forward_op = torch.library.custom_op(
-    "automodel::block_attention",
+_op = attention_op(
+    "block_attention",
     _forward,
-    mutates_args=(),
-    schema=f"(Tensor query, Tensor key, Tensor value, {_ARGUMENTS}) -> (Tensor, Tensor)",
-)
-_backward_op = torch.library.custom_op(
-    "automodel::block_attention_backward",
     _backward,
-    mutates_args=(),
-    schema=f"(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, {_ARGUMENTS})"
-    " -> (Tensor, Tensor, Tensor)",
+    "Tensor query, Tensor key, Tensor value, Tensor blocks, float scale, int? window, Tensor? cu_seqlens, SymInt longest",
 )
-
-
-@_forward_op.register_fake
-def _(query, key, value, blocks, scale, window, cu_seqlens, longest):
-    batch, heads, length, size = query.shape
-    return query.new_empty(batch, length, heads, size), query.new_empty(batch, heads, length, dtype=torch.float32)
-
-
-@_backward_op.register_fake
-def _(dout, query, key, value, out, lse, blocks, scale, window, cu_seqlens, longest):
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, blocks, scale, window, cu_seqlens, longest = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(query, key, value, *output, blocks, cu_seqlens)
-    ctx.scale, ctx.window, ctx.longest = scale, window, longest
-
-
-def _differentiate(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    *tensors, blocks, cu_seqlens = ctx.saved_tensors
-    grads = _backward_op(dout, *tensors, blocks, ctx.scale, ctx.window, cu_seqlens, ctx.longest)
-    return (*grads, None, None, None, None, None)
-
-
-_forward_op.register_autograd(_differentiate, setup_context=_save)

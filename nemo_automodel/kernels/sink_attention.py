@@ -10,11 +10,10 @@ Shape legend: B batch, H query heads, G key/value heads, S tokens, E head size, 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from nemo_automodel.kernels.attention_op import attention_op
 from nemo_automodel.kernels.flash import flash, flash_backward, laid_out_as, last_contiguous
 
 
@@ -43,7 +42,7 @@ def sink_attention(
     Returns ``[B, S, H, E]``, contiguous.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _forward_op(query, key, value, sinks, scale, window, cu_seqlens, longest or query.shape[2])[0]
+    return _op(query, key, value, sinks, scale, window, cu_seqlens, longest or query.shape[2])[0]
 
 
 def _forward(
@@ -66,12 +65,12 @@ def _forward(
 
 def _backward(
     dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     sinks: Tensor,
-    out: Tensor,
-    lse: Tensor,
     scale: float,
     window: int | None,
     cu_seqlens: Tensor | None,
@@ -89,45 +88,10 @@ def _backward(
     return dq, dk, dv, dsinks
 
 
-_ARGUMENTS = "float scale, int? window, Tensor? cu_seqlens, SymInt longest"
-_forward_op = torch.library.custom_op(
-    "automodel::sink_attention",
+_op = attention_op(
+    "sink_attention",
     _forward,
-    mutates_args=(),
-    schema=f"(Tensor query, Tensor key, Tensor value, Tensor sinks, {_ARGUMENTS}) -> (Tensor, Tensor)",
-)
-_backward_op = torch.library.custom_op(
-    "automodel::sink_attention_backward",
     _backward,
-    mutates_args=(),
-    schema=f"(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor sinks, Tensor out, Tensor lse, {_ARGUMENTS})"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor query, Tensor key, Tensor value, Tensor sinks, float scale, int? window, Tensor? cu_seqlens, SymInt longest",
+    num_gradients=4,
 )
-
-
-@_forward_op.register_fake
-def _(query, key, value, sinks, scale, window, cu_seqlens, longest):
-    batch, heads, length, size = query.shape
-    summed = torch.promote_types(query.dtype, torch.float32)
-    return query.new_empty(batch, length, heads, size), query.new_empty(batch, heads, length, dtype=summed)
-
-
-@_backward_op.register_fake
-def _(dout, query, key, value, sinks, out, lse, scale, window, cu_seqlens, longest):
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), torch.empty_like(sinks)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, sinks, scale, window, cu_seqlens, longest = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(query, key, value, sinks, *output, cu_seqlens)
-    ctx.scale, ctx.window, ctx.longest = scale, window, longest
-
-
-def _differentiate(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    *tensors, cu_seqlens = ctx.saved_tensors
-    grads = _backward_op(dout, *tensors, ctx.scale, ctx.window, cu_seqlens, ctx.longest)
-    return (*grads, None, None, None, None)
-
-
-_forward_op.register_autograd(_differentiate, setup_context=_save)

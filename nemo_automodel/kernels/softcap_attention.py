@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nemo_automodel.kernels import flash
+from nemo_automodel.kernels.attention_op import attention_op
 from nemo_automodel.kernels.flash import laid_out_as, last_contiguous
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -57,7 +57,7 @@ def softcap_attention(
     Returns ``[B, S, H, E]``, contiguous.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _forward_op(query, key, value, softcap, scale, causal, window if causal else None, cu_seqlens)[0]
+    return _op(query, key, value, softcap, scale, causal, window if causal else None, cu_seqlens)[0]
 
 
 def _forward(
@@ -79,11 +79,11 @@ def _forward(
 
 def _backward(
     dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
     softcap: float,
     scale: float,
     causal: bool,
@@ -113,43 +113,9 @@ def _bounds(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
     return torch.stack([ends[document - 1], ends[document]], dim=1).to(torch.int32)
 
 
-_ARGUMENTS = "float softcap, float scale, bool causal, int? window, Tensor? cu_seqlens"
-_forward_op = torch.library.custom_op(
-    "automodel::softcap_attention",
+_op = attention_op(
+    "softcap_attention",
     _forward,
-    mutates_args=(),
-    schema=f"(Tensor query, Tensor key, Tensor value, {_ARGUMENTS}) -> (Tensor, Tensor)",
-)
-_backward_op = torch.library.custom_op(
-    "automodel::softcap_attention_backward",
     _backward,
-    mutates_args=(),
-    schema=f"(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, {_ARGUMENTS})"
-    " -> (Tensor, Tensor, Tensor)",
+    "Tensor query, Tensor key, Tensor value, float softcap, float scale, bool causal, int? window, Tensor? cu_seqlens",
 )
-
-
-@_forward_op.register_fake
-def _(query, key, value, softcap, scale, causal, window, cu_seqlens):
-    batch, heads, length, size = query.shape
-    return query.new_empty(batch, length, heads, size), query.new_empty(batch, heads, length, dtype=torch.float32)
-
-
-@_backward_op.register_fake
-def _(dout, query, key, value, out, lse, softcap, scale, causal, window, cu_seqlens):
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, *options, cu_seqlens = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(query, key, value, *output, cu_seqlens)
-    ctx.options = options
-
-
-def _differentiate(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    *tensors, cu_seqlens = ctx.saved_tensors
-    return (*_backward_op(dout, *tensors, *ctx.options, cu_seqlens), None, None, None, None, None)
-
-
-_forward_op.register_autograd(_differentiate, setup_context=_save)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import logging
 import os
 import tempfile
@@ -15,9 +13,6 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 from torch import nn
-from torch.compiler import config as compile_config
-
-from nemo_automodel import kernels
 
 logger = logging.getLogger(__name__)
 
@@ -121,20 +116,9 @@ def keep_compiled_code(directory: str | None = None) -> None:
     if not writable:
         logger.warning("compiled code cannot be kept in %s; set compile.cache_dir to a directory that can be written", path)  # fmt: skip
         return
-    if (tag := _kernels_tag()) not in compile_config.cache_key_tag:
-        compile_config.cache_key_tag += tag
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(path)
     if _from_environment("TRITON_CACHE_DIR") is None:  # a directory a device, as torch does it, but for our kernels too
         os.environ["TRITON_CACHE_DIR"] = str(path / "triton" / os.environ.get("LOCAL_RANK", "0"))
-
-
-@functools.cache
-def _kernels_tag() -> str:
-    """Our kernels are part of what is compiled, but torch's key of it has only the names of their ops."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(kernels.__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
-    return f" nemo_automodel.kernels {digest.hexdigest()[:16]}"
 
 
 def _host() -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import constants
 from torch import nn
 
+from nemo_automodel import kernels
 from nemo_automodel.components.training.compile import CompileConfig, take_gradients_at_the_first
 
 
@@ -114,13 +117,15 @@ def test_a_first_block_that_trains_nothing_goes_no_further_back():
 
 _START = """
 import os
+from pathlib import Path
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
 from nemo_automodel import kernels
 from nemo_automodel.components.training.compile import CompileConfig
 
-kernels.__file__ = os.environ.get("KERNELS", kernels.__file__)
+if "KERNELS" in os.environ:
+    kernels.mark_compiled_code(Path(os.environ["KERNELS"]))
 
 class Block(nn.Linear):
     def forward(self, x):
@@ -155,7 +160,13 @@ def test_what_was_compiled_with_other_kernels_is_not_taken(tmp_path):
     (tmp_path / "kernels").mkdir()
     for text, expected in (("a = 1", ["0", "1"]), ("a = 2", ["0", "1"]), ("a = 1", ["1", "0"])):
         (tmp_path / "kernels" / "lora.py").write_text(text)
-        assert _start(HF_HOME=str(tmp_path), KERNELS=str(tmp_path / "kernels" / "__init__.py"))[1] == expected
+        assert _start(HF_HOME=str(tmp_path), KERNELS=str(tmp_path / "kernels"))[1] == expected
+
+
+def test_our_kernels_are_in_the_key_of_whatever_is_compiled():
+    """Also where the user compiles the model, not us."""
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(kernels.__file__).parent.glob("*.py"))))
+    assert digest.hexdigest()[:16] in torch.compiler.config.cache_key_tag
 
 
 @pytest.mark.parametrize(("world", "expected"), [("16", "compiled/host_1"), ("8", "compiled")])
