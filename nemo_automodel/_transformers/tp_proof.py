@@ -112,6 +112,9 @@ def _build(model: nn.Module, tp_mesh: DeviceMesh) -> Any:
         with torch.no_grad():
             for parameter in twin.parameters():  # no zero or one may hide a term
                 parameter.add_(torch.randn_like(parameter) * 0.05)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, parameter in twin.named_parameters():  # loading trains what a constructor froze (sinusoidal positions)
+        parameter.requires_grad_(parameter.requires_grad or name in trained)
     if compat.attention_is_pluggable(twin):
         twin.set_attn_implementation(compat.attention_name(model))
     return twin.eval()

@@ -15,6 +15,7 @@ _SAMPLE = {  # every way that a plan comes about
     "gpt2": "inferred",  # transposed fused weights in three parts
     "gpt_neox_japanese": "inferred",  # fused by head
     "bert": "inferred",  # an output head whose bias has two names
+    "roformer": "inferred",  # positions frozen by its constructor, which loading trains
     "bloom": "inferred",  # attention that cannot be cut beside an MLP that can
     "mamba": "none",
 }

@@ -69,6 +69,8 @@ def _row(name, mesh) -> Row:
     try:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(tiny_twin(start_config(name, causal=True), heads=2 * size))
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())  # as loading leaves it
         twin = Twin(model, mesh)
     except Exception as error:
         return Row(name, "no twin", note=_short(f"{type(error).__name__}: {error}"))
