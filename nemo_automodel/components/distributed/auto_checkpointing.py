@@ -82,6 +82,8 @@ class AutoCheckpointing:
         compute_dtype: What weights are cast to.
         keeps_casts: Whether casts of weights stay from forward to backward (nothing is resharded).
         free: Free bytes of the device, None where there is no limit. Default: asks the device.
+        shared: Whether ranks share a block's work, and so exchange tensors in its forward. Each must then run it as often
+            as the others do, in backward too, so that the choice is final.
     """
 
     def __init__(
@@ -94,7 +96,9 @@ class AutoCheckpointing:
         compute_dtype: torch.dtype = torch.bfloat16,
         keeps_casts: bool = True,
         free: Callable[[], int | None] | None = None,
+        shared: bool = False,
     ):
+        self._shared = shared
         self._model, self._device, self._compiled, self._then = model, device, compiled, then
         self._compute_dtype, self._keeps_casts = compute_dtype, keeps_casts
         self._free = free or (lambda: free_bytes(device))
@@ -116,7 +120,9 @@ class AutoCheckpointing:
         if self.estimate is not None and tokens > self._tokens and torch.is_grad_enabled():
             self._tokens = tokens
             mode = self.mode or "off"
-            if mode in self.estimate.kept and self.estimate.total(mode, tokens, self.laxer) > self._budget:
+            if self._shared:
+                logger.info("activation checkpointing: stays %s at %d tokens: ranks share the blocks", mode, tokens)
+            elif mode in self.estimate.kept and self.estimate.total(mode, tokens, self.laxer) > self._budget:
                 self._apply(*self._plan([m for m in MODES[MODES.index(mode) :] if m in self.estimate.kept]))
                 self._say()
         elif self.mode is None and torch.is_grad_enabled():
@@ -150,15 +156,22 @@ class AutoCheckpointing:
             if mode == "off":
                 kept[mode] = max(0, kept[mode] - own)
                 estimate.working = kept["off"]
-            if estimate.total(mode, self._tokens) <= self._budget or mode == MODES[-1]:
+            too_much = estimate.total(mode, self._tokens) > self._budget
+            if mode == MODES[-1] or not self._largest(int(too_much)):  # all ranks run as many forwards
                 break
         mode, laxer = self._plan([mode])
         each = len(self._blocks) + 1
-        strictness = torch.tensor(MODES.index(mode) * each - laxer, device=self._device)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(strictness, dist.ReduceOp.MAX)  # the rank with the least room decides for all
-        index = -(-int(strictness) // each)
-        self._apply(MODES[index], index * each - int(strictness))
+        strictness = self._largest(MODES.index(mode) * each - laxer)  # the rank with the least room decides for all
+        index = -(-strictness // each)
+        self._apply(MODES[index], index * each - strictness)
+
+    def _largest(self, number: int) -> int:
+        """The largest of all ranks' ``number``."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return number
+        found = torch.tensor(number, device=self._device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
 
     def _plan(self, modes: Sequence[str]) -> tuple[str, int]:
         """The first of ``modes`` that fits, else the last, and how many blocks may be laxer."""
