@@ -54,7 +54,7 @@ def adamw_(
     """Update ``weight`` and its moments in place.
 
     Args:
-        weight: contiguous, fp32 or bf16.
+        weight: fp32 or bf16; contiguous, or updated without the kernel.
         grad: of the same shape.
         exp_avg: first moment, fp32 or bf16, contiguous and of the same shape.
         exp_avg_sq: second moment, likewise.
@@ -65,7 +65,7 @@ def adamw_(
     """
     if weight.numel() == 0:
         return
-    if has_kernel(weight.device.type):
+    if has_kernel(weight.device.type) and weight.is_contiguous():
         from nemo_automodel.kernels import adamw_triton
 
         adamw_triton.adamw_(weight, grad.contiguous(), exp_avg, exp_avg_sq, step, skip, update, grad_scale)

@@ -33,7 +33,9 @@ def train(weight, spread, **options):
 def on_two_ranks():
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
-    weight = torch.randn(33, 256, generator=torch.Generator().manual_seed(1))  # 17 rows and 16
+    weight = torch.randn(
+        31, 256, generator=torch.Generator().manual_seed(1)
+    )  # 16 rows, and 15: few enough to be kept in fp32
     for state_dtype in STATES:
         expected, state = train(weight, lambda t: t, state_dtype=state_dtype)
         found, sharded = train(weight, lambda t: distribute_tensor(t, mesh, [Shard(0)]), state_dtype=state_dtype)

@@ -110,6 +110,17 @@ class AdamW(torch.optim.Optimizer):
             torch.cuda.synchronize()
         return super().state_dict()
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As any optimizer's, except that moments stay what they were saved in; torch's casts them to the weight's dtype."""
+        super().load_state_dict(state_dict)
+        saved = (number for group in state_dict["param_groups"] for number in group["params"])
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        for number, parameter in zip(saved, parameters, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                cast = self.state[parameter][name]
+                if isinstance(value, Tensor) and value.dtype != cast.dtype:
+                    self.state[parameter][name] = value.to(parameter.device)
+
     def _update(
         self, parameter: Tensor, group: dict[str, Any], skip: Tensor | None, scale: Tensor | None, number: int
     ) -> None:
@@ -132,7 +143,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _start(self, parameter: Tensor, state: dict[str, Any]) -> None:
         local = _local(parameter)
-        dtype = self.state_dtype if local.numel() >= _SMALLEST else torch.float32
+        dtype = self.state_dtype if parameter.numel() >= _SMALLEST else torch.float32  # the same on all ranks
         if dtype == torch.uint8 and (local.ndim < 2 or local.shape[-1] % _BLOCK):
             dtype = torch.bfloat16  # blocks would reach over rows, and so over what other ranks hold
         state["step"] = torch.zeros((), device=local.device)

@@ -1,4 +1,4 @@
-"""AdamW with small moments on the CPU: against torch's in float64, the mean of what is rounded at random, resuming, sharding."""
+"""AdamW with small moments on the CPU: against torch's own, the mean of what is rounded at random, going on from a state."""
 
 from __future__ import annotations
 
@@ -104,6 +104,30 @@ def test_found_inf_leaves_everything_as_it_was(state_dtype):
     optimizer.step()
     assert not torch.equal(weight, before[0])
     assert weight.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "float32", EIGHT_BITS])
+def test_it_goes_on_from_its_state(state_dtype, dtype):
+    """Without a checkpoint of ours: torch's own loading would make numbers of codes in eight bits."""
+    generator = torch.Generator().manual_seed(1)
+    one = nn.Parameter(torch.randn(32, 256, generator=generator).to(dtype))
+    gradients = [torch.randn(32, 256, generator=generator).to(dtype) for _ in range(6)]
+    first = AdamW([one], lr=1e-2, state_dtype=state_dtype)
+    for gradient in gradients[:3]:
+        one.grad = gradient
+        first.step()
+    other = nn.Parameter(one.detach().clone())
+    second = AdamW([other], lr=1e-2, state_dtype=state_dtype)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for gradient in gradients[3:]:
+        one.grad = other.grad = gradient
+        first.step()
+        second.step()
+    assert torch.equal(one, other)
+    for name, value in first.state[one].items():
+        same = second.state[other][name]
+        assert torch.equal(value, same) and value.dtype == same.dtype if torch.is_tensor(value) else value == same, name
 
 
 def train_one(state_dtype):
