@@ -292,8 +292,15 @@ def _checkpoint_and_compile(
         then=compile_blocks,
         compute_dtype=compute_dtype,
         keeps_casts=not getattr(distributed, "reshards", True),
+        shared=_share_blocks(distributed),
     )
     return None
+
+
+def _share_blocks(distributed: Any) -> bool:
+    """Whether ranks exchange tensors inside of a block's forward."""
+    sizes = getattr(distributed, "sizes", None)
+    return sizes is not None and (sizes.tp > 1 or sizes.cp > 1 or sizes.ep > 1)
 
 
 def _choose_attention(model: PreTrainedModel, asked: str | None) -> None:
@@ -302,17 +309,14 @@ def _choose_attention(model: PreTrainedModel, asked: str | None) -> None:
     name = attention_function.register()
     if compat.attention_is_pluggable(model):
         model.set_attn_implementation(name)
-    elif asked is not None:
-        raise ModelError(
-            f"model.attn_implementation={asked}: {type(model).__name__} does not take its attention from "
-            f"transformers' registry; leave attn_implementation out"
-        )
-    else:
-        logger.warning(
-            "%s: trained with its own attention (%s), padded, because it takes none from transformers' registry",
-            type(model).__name__,
-            compat.attention_name(model),
-        )
+        return
+    unknown = ", ".join(sorted(compat.unknown_attention_arguments(model)))
+    why = f"hands its attention what ours does not know ({unknown})" if unknown else "takes none from transformers' registry"  # fmt: skip
+    model_name = type(model).__name__
+    if asked is not None:
+        raise ModelError(f"model.attn_implementation={asked}: {model_name} {why}; leave attn_implementation out")
+    own = compat.attention_name(model)
+    logger.warning("%s: trained with its own attention (%s), padded, because it %s", model_name, own, why)
 
 
 def _dtypes(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import inspect
 import json
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -27,6 +30,7 @@ from transformers.integrations import moe
 from transformers.models.auto import modeling_auto
 from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME, cached_file
 
+from nemo_automodel.components.attention import function
 from nemo_automodel.components.attention.layout import BlockMask
 
 
@@ -42,13 +46,38 @@ def attention_is_pluggable(model: nn.Module) -> bool:
     """Whether every text part of ``model`` takes its attention from the registry and knows a kernel-style one.
 
     A model that transformers itself can only run with its eager attention may put things into the scores that a
-    kernel knows nothing of, so it counts as not pluggable.
+    kernel knows nothing of, so it counts as not pluggable; so does one that hands on what ours knows nothing of.
     """
     return (
         isinstance(model, PreTrainedModel)
         and model._can_set_attn_implementation()
         and bool(model._supports_sdpa or model._supports_flash_attn)
+        and not unknown_attention_arguments(model)
     )
+
+
+def unknown_attention_arguments(model: nn.Module) -> set[str]:
+    """What layers of ``model`` hand to the function from the registry that ``function.ARGUMENTS`` does not have.
+
+    Such an argument may be all that says what is attended to (blocks of keys that an indexer chose, say).
+    """
+    classes: set[Any] = {type(module) for module in model.modules()}
+    return {name for module_class in classes for name in _attention_arguments(module_class)} - function.ARGUMENTS
+
+
+@functools.cache
+def _attention_arguments(module_class: Any) -> frozenset[str]:
+    """The keywords that the class's forward writes out where it calls ``attention_interface``, transformers' name of it."""
+    try:
+        source = inspect.getsource(inspect.unwrap(module_class.forward))
+        if "attention_interface(" not in source:
+            return frozenset()
+        tree = ast.parse(textwrap.dedent(source))
+    except (OSError, TypeError, SyntaxError):
+        return frozenset()
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    ours = (call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "attention_interface")
+    return frozenset(keyword.arg for call in ours for keyword in call.keywords if keyword.arg is not None)
 
 
 def attention_name(model: nn.Module) -> str:

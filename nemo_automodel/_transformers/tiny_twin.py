@@ -210,7 +210,7 @@ def _counts(
             new[name] = vocab_size if value == whole_vocabulary else min(value, vocab_size)
         elif names.EXPERTS.search(name):
             new[name] = min(value, _MOST_EXPERTS)
-        elif names.TOP_K.search(name):
+        elif names.TOP_K.search(name) or names.BLOCKS_CHOSEN.search(name):
             new[name] = min(value, 2)
         elif names.QUERIES.search(name):
             new[name] = min(value, 4)

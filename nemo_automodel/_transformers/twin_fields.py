@@ -20,6 +20,7 @@ EXPERT_GROUPS = re.compile(r"^(n_group|num_expert_group|topk_group)s?$")
 QUERIES = re.compile(r"^(latent_query_num|num_query_tokens|num_latents|resampler_n_latents|resampler_num_latents)$")
 WINDOW = re.compile(r"(sliding_window|attention_window|window_size|local_attention|window_len|window_length)$")
 CHUNK = re.compile(r"(chunk_size|chunk_length|index_topk|_budget|index_block_size|compress_rates?|index_kpool)$")
+BLOCKS_CHOSEN = re.compile(r"topk_blocks$")  # of keys, each as wide as a CHUNK
 VOCABULARY = re.compile(r"vocab(_size)?(_\w+)?$|^num_embeddings$|codebook_size")
 POSITIONS = re.compile(r"^(max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|context_length)$")
 WIDTH = re.compile(

@@ -86,11 +86,11 @@ def _backward(
     wide = (query, key, value)
     query, key, value, dout = (last_contiguous(x) for x in (*wide, dout))
     out, dout = out.transpose(1, 2), dout.transpose(1, 2)
-    grads = flash_backward(dout, query, key, value, out, lse, scale, window, cu_seqlens, longest)
-    dq, dk, dv = (laid_out_as(grad, x) for grad, x in zip(grads, wide, strict=True))
+    behind = flash_backward(dout, query, key, value, out, lse, scale, window, cu_seqlens, longest)
+    dq, dk, dv = (last_contiguous(grad) for grad in behind)
     _, add = _keys_ahead(query)
     add(query, key, value, out, lse, dout, (dq, dk, dv), blocks.contiguous(), scale)
-    return dq, dk, dv
+    return laid_out_as(dq, wide[0]), laid_out_as(dk, wide[1]), laid_out_as(dv, wide[2])
 
 
 def _keys_ahead(query: Tensor) -> tuple[Callable[..., None], Callable[..., None]]:

@@ -16,20 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _tile(ptr, rows, stride, S, E: tl.constexpr, WIDE: tl.constexpr):
-    """[len(rows), WIDE] of rows of E values, zeros outside."""
-    columns = tl.arange(0, WIDE)
-    return tl.load(ptr + rows[:, None] * stride + columns[None, :],
-                   mask=(rows[:, None] < S) & (columns[None, :] < E), other=0.0)  # fmt: skip
-
-
-@triton.jit
-def _put(ptr, rows, stride, S, values, E: tl.constexpr, WIDE: tl.constexpr):
-    columns = tl.arange(0, WIDE)
-    tl.store(ptr + rows[:, None] * stride + columns[None, :], values.to(ptr.dtype.element_ty),
-             mask=(rows[:, None] < S) & (columns[None, :] < E))  # fmt: skip
+from nemo_automodel.kernels.tiles_triton import put, tile
 
 
 @triton.jit
@@ -38,7 +25,7 @@ def _forward(q, k, v, out, lse, blocks, scale, H, groups, S,
              E: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Go on with the online softmax from causal attention's state: maximum ``lse``, sum 1, values ``out``."""
     first = tl.program_id(0) * TILE
-    row, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    row, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     queries = first + tl.arange(0, TILE)
     blocks += row * S * 3
     block = tl.load(blocks + queries * 3, mask=queries < S, other=-1)
@@ -50,25 +37,25 @@ def _forward(q, k, v, out, lse, blocks, scale, H, groups, S,
     v += row * v_b + head // groups * v_h
     out += row * o_b + head * o_h
     lse += (row * H + head) * S
-    tile_q = _tile(q + row * q_b + head * q_h, queries, q_s, S, E, WIDE)
-    acc = _tile(out, queries, o_s, S, E, WIDE).to(tl.float32)
+    tile_q = tile(q + row * q_b + head * q_h, first, q_s, S, TILE, E, WIDE)
+    acc = tile(out, first, o_s, S, TILE, E, WIDE).to(tl.float32)
     top = tl.load(lse + queries, mask=queries < S, other=0.0)
     total = tl.full((TILE,), 1.0, tl.float32)
     for start in range(first, stop, TILE):
         keys = start + tl.arange(0, TILE)
         of_key = tl.load(blocks + keys * 3, mask=keys < S, other=-2)
         seen = (of_key[None, :] == block[:, None]) & (block[:, None] >= 0) & (keys[None, :] > queries[:, None])
-        tile_k = _tile(k, keys, k_s, S, E, WIDE)
+        tile_k = tile(k, start, k_s, S, TILE, E, WIDE)
         scores = tl.dot(tile_q, tl.trans(tile_k), input_precision=PRECISION) * scale
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp(scores - higher[:, None])
         shrink = tl.exp(top - higher)
         total = total * shrink + tl.sum(weights, 1)
-        tile_v = _tile(v, keys, v_s, S, E, WIDE)
+        tile_v = tile(v, start, v_s, S, TILE, E, WIDE)
         acc = acc * shrink[:, None] + tl.dot(weights.to(tile_v.dtype), tile_v, input_precision=PRECISION)
         top = higher
-    _put(out, queries, o_s, S, acc / total[:, None], E, WIDE)
+    put(out, first, o_s, S, acc / total[:, None], TILE, E, WIDE)
     tl.store(lse + queries, top + tl.log(total), mask=queries < S)
 
 
@@ -78,7 +65,7 @@ def _backward_q(q, k, v, out, lse, dout, dq, delta, blocks, scale, H, groups, S,
                 E: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """dq += what comes through the keys ahead; ``delta`` [B, H, S], rowsum(dO O), of every query that sees any."""
     first = tl.program_id(0) * TILE
-    row, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    row, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     queries = first + tl.arange(0, TILE)
     blocks += row * S * 3
     block = tl.load(blocks + queries * 3, mask=queries < S, other=-1)
@@ -89,9 +76,9 @@ def _backward_q(q, k, v, out, lse, dout, dq, delta, blocks, scale, H, groups, S,
     k += row * k_b + head // groups * k_h
     v += row * v_b + head // groups * v_h
     dq += row * dq_b + head * dq_h
-    tile_q = _tile(q + row * q_b + head * q_h, queries, q_s, S, E, WIDE)
-    tile_do = _tile(dout + row * do_b + head * do_h, queries, do_s, S, E, WIDE)
-    tile_o = _tile(out + row * o_b + head * o_h, queries, o_s, S, E, WIDE)
+    tile_q = tile(q + row * q_b + head * q_h, first, q_s, S, TILE, E, WIDE)
+    tile_do = tile(dout + row * do_b + head * do_h, first, do_s, S, TILE, E, WIDE)
+    tile_o = tile(out + row * o_b + head * o_h, first, o_s, S, TILE, E, WIDE)
     minus = tl.sum(tile_do.to(tl.float32) * tile_o.to(tl.float32), 1)
     tl.store(delta + (row * H + head) * S + queries, minus, mask=queries < S)
     level = tl.load(lse + (row * H + head) * S + queries, mask=queries < S, other=0.0)
@@ -100,14 +87,14 @@ def _backward_q(q, k, v, out, lse, dout, dq, delta, blocks, scale, H, groups, S,
         keys = start + tl.arange(0, TILE)
         of_key = tl.load(blocks + keys * 3, mask=keys < S, other=-2)
         seen = (of_key[None, :] == block[:, None]) & (block[:, None] >= 0) & (keys[None, :] > queries[:, None])
-        tile_k = _tile(k, keys, k_s, S, E, WIDE)
+        tile_k = tile(k, start, k_s, S, TILE, E, WIDE)
         scores = tl.dot(tile_q, tl.trans(tile_k), input_precision=PRECISION) * scale
         weights = tl.exp(tl.where(seen, scores - level[:, None], float("-inf")))
-        tile_v = _tile(v, keys, v_s, S, E, WIDE)
+        tile_v = tile(v, start, v_s, S, TILE, E, WIDE)
         d_weights = tl.dot(tile_do, tl.trans(tile_v), input_precision=PRECISION)
         d_scores = weights * (d_weights - minus[:, None])
         acc += tl.dot(d_scores.to(tile_k.dtype), tile_k, input_precision=PRECISION)
-    _put(dq, queries, dq_s, S, _tile(dq, queries, dq_s, S, E, WIDE).to(tl.float32) + acc * scale, E, WIDE)
+    put(dq, first, dq_s, S, tile(dq, first, dq_s, S, TILE, E, WIDE).to(tl.float32) + acc * scale, TILE, E, WIDE)
 
 
 @triton.jit
@@ -117,7 +104,8 @@ def _backward_kv(q, k, v, lse, dout, dk, dv, delta, blocks, scale, H, groups, S,
                  E: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """dk, dv += what comes from the queries behind, of every query head of the group."""
     first = tl.program_id(0) * TILE
-    row, group = (tl.program_id(1) // (H // groups)).to(tl.int64), tl.program_id(1) % (H // groups)
+    row = (tl.program_id(1) // (H // groups)).to(tl.int64)
+    group = (tl.program_id(1) % (H // groups)).to(tl.int64)
     keys = first + tl.arange(0, TILE)
     blocks += row * S * 3
     block = tl.load(blocks + keys * 3, mask=keys < S, other=-1)
@@ -126,8 +114,8 @@ def _backward_kv(q, k, v, lse, dout, dk, dv, delta, blocks, scale, H, groups, S,
     if begin >= end - 1:
         return
     begin = begin // TILE * TILE
-    tile_k = _tile(k + row * k_b + group * k_h, keys, k_s, S, E, WIDE)
-    tile_v = _tile(v + row * v_b + group * v_h, keys, v_s, S, E, WIDE)
+    tile_k = tile(k + row * k_b + group * k_h, first, k_s, S, TILE, E, WIDE)
+    tile_v = tile(v + row * v_b + group * v_h, first, v_s, S, TILE, E, WIDE)
     acc_k = tl.zeros((TILE, WIDE), tl.float32)
     acc_v = tl.zeros((TILE, WIDE), tl.float32)
     for member in range(groups):
@@ -136,8 +124,8 @@ def _backward_kv(q, k, v, lse, dout, dk, dv, delta, blocks, scale, H, groups, S,
             queries = start + tl.arange(0, TILE)
             of_query = tl.load(blocks + queries * 3, mask=queries < S, other=-2)
             seen = (of_query[:, None] == block[None, :]) & (block[None, :] >= 0) & (keys[None, :] > queries[:, None])
-            tile_q = _tile(q + row * q_b + head * q_h, queries, q_s, S, E, WIDE)
-            tile_do = _tile(dout + row * do_b + head * do_h, queries, do_s, S, E, WIDE)
+            tile_q = tile(q + row * q_b + head * q_h, start, q_s, S, TILE, E, WIDE)
+            tile_do = tile(dout + row * do_b + head * do_h, start, do_s, S, TILE, E, WIDE)
             minus = tl.load(delta + (row * H + head) * S + queries, mask=of_query >= 0, other=0.0)
             level = tl.load(lse + (row * H + head) * S + queries, mask=queries < S, other=0.0)
             scores = tl.dot(tile_q, tl.trans(tile_k), input_precision=PRECISION) * scale
@@ -148,8 +136,8 @@ def _backward_kv(q, k, v, lse, dout, dk, dv, delta, blocks, scale, H, groups, S,
             acc_k += tl.dot(tl.trans(d_scores.to(tile_q.dtype)), tile_q, input_precision=PRECISION)
     dk += row * dk_b + group * dk_h
     dv += row * dv_b + group * dv_h
-    _put(dk, keys, dk_s, S, _tile(dk, keys, dk_s, S, E, WIDE).to(tl.float32) + acc_k * scale, E, WIDE)
-    _put(dv, keys, dv_s, S, _tile(dv, keys, dv_s, S, E, WIDE).to(tl.float32) + acc_v, E, WIDE)
+    put(dk, first, dk_s, S, tile(dk, first, dk_s, S, TILE, E, WIDE).to(tl.float32) + acc_k * scale, TILE, E, WIDE)
+    put(dv, first, dv_s, S, tile(dv, first, dv_s, S, TILE, E, WIDE).to(tl.float32) + acc_v, TILE, E, WIDE)
 
 
 def add_forward(

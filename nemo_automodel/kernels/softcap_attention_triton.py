@@ -18,23 +18,10 @@ import torch
 import triton
 import triton.language as tl
 
+from nemo_automodel.kernels.tiles_triton import put, tile
+
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _tile(ptr, first, stride, S, ROWS: tl.constexpr, E: tl.constexpr, WIDE: tl.constexpr):
-    """[ROWS, WIDE] of the rows of E values from ``first`` on, zeros outside. Only the first row's place needs 64 bits."""
-    rows, columns = tl.arange(0, ROWS), tl.arange(0, WIDE)
-    return tl.load(ptr + tl.cast(first, tl.int64) * stride + (rows[:, None] * stride + columns[None, :]),
-                   mask=(rows[:, None] < S - first) & (columns[None, :] < E), other=0.0)  # fmt: skip
-
-
-@triton.jit
-def _put(ptr, first, stride, S, values, ROWS: tl.constexpr, E: tl.constexpr, WIDE: tl.constexpr):
-    rows, columns = tl.arange(0, ROWS), tl.arange(0, WIDE)
-    tl.store(ptr + tl.cast(first, tl.int64) * stride + (rows[:, None] * stride + columns[None, :]),
-             values.to(ptr.dtype.element_ty), mask=(rows[:, None] < S - first) & (columns[None, :] < E))  # fmt: skip
 
 
 @triton.jit
@@ -89,23 +76,23 @@ def _forward(q, k, v, out, lse, bounds, slope, cap, window, H, groups, S,
     v += row * v_b + head // groups * v_h
     queries = first + tl.arange(0, QUERIES)
     low, high = _keys_of(queries, bounds, window, S, PACKED, CAUSAL)
-    tile_q = _tile(q + row * q_b + head * q_h, first, q_s, S, QUERIES, E, WIDE)
+    tile_q = tile(q + row * q_b + head * q_h, first, q_s, S, QUERIES, E, WIDE)
     acc = tl.zeros((QUERIES, WIDE), tl.float32)
     top = tl.zeros((QUERIES,), tl.float32) - cap  # no score is lower, so none of these is ever -inf
     total = tl.zeros((QUERIES,), tl.float32)
     for start in range(tl.min(low, 0), tl.max(high, 0), KEYS):
         keys = start + tl.arange(0, KEYS)
-        tile_k = _tile(k, start, k_s, S, KEYS, E, WIDE)
+        tile_k = tile(k, start, k_s, S, KEYS, E, WIDE)
         scores, _ = _capped(tl.dot(tile_q, tl.trans(tile_k), input_precision=PRECISION), slope, cap)
         scores = tl.where((keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None]), scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(top - higher)
         total = total * shrink + tl.sum(weights, 1)
-        tile_v = _tile(v, start, v_s, S, KEYS, E, WIDE)
+        tile_v = tile(v, start, v_s, S, KEYS, E, WIDE)
         acc = tl.dot(weights.to(tile_v.dtype), tile_v, acc * shrink[:, None], input_precision=PRECISION)
         top = higher
-    _put(out + row * o_b + head * o_h, first, o_s, S, acc / total[:, None], QUERIES, E, WIDE)
+    put(out + row * o_b + head * o_h, first, o_s, S, acc / total[:, None], QUERIES, E, WIDE)
     tl.store(lse + (row * H + head) * S + queries, (top + tl.log2(total)) * _LN_2, mask=queries < S)
 
 
@@ -121,25 +108,25 @@ def _backward_q(q, k, v, out, lse, dout, dq, delta, bounds, slope, cap, scale, w
     v += row * v_b + head // groups * v_h
     queries = first + tl.arange(0, QUERIES)
     low, high = _keys_of(queries, bounds, window, S, PACKED, CAUSAL)
-    tile_o = _tile(out + row * o_b + head * o_h, first, o_s, S, QUERIES, E, WIDE)
-    tile_do = _tile(dout + row * do_b + head * do_h, first, do_s, S, QUERIES, E, WIDE)
+    tile_o = tile(out + row * o_b + head * o_h, first, o_s, S, QUERIES, E, WIDE)
+    tile_do = tile(dout + row * do_b + head * do_h, first, do_s, S, QUERIES, E, WIDE)
     minus = tl.sum(tile_do.to(tl.float32) * tile_o.to(tl.float32), 1)
     tl.store(delta + (row * H + head) * S + queries, minus, mask=queries < S)
     level = tl.load(lse + (row * H + head) * S + queries, mask=queries < S, other=0.0) * _LOG2_E
-    tile_q = _tile(q + row * q_b + head * q_h, first, q_s, S, QUERIES, E, WIDE)
+    tile_q = tile(q + row * q_b + head * q_h, first, q_s, S, QUERIES, E, WIDE)
     acc = tl.zeros((QUERIES, WIDE), tl.float32)
     for start in range(tl.min(low, 0), tl.max(high, 0), KEYS):
         keys = start + tl.arange(0, KEYS)
-        tile_k = _tile(k, start, k_s, S, KEYS, E, WIDE)
+        tile_k = tile(k, start, k_s, S, KEYS, E, WIDE)
         scores, part = _capped(tl.dot(tile_q, tl.trans(tile_k), input_precision=PRECISION), slope, cap)
         seen = (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None])
         weights = tl.exp2(tl.where(seen, scores - level[:, None], float("-inf")))
         sloped = weights * (4.0 * part * (1.0 - part))
-        tile_v = _tile(v, start, v_s, S, KEYS, E, WIDE)
+        tile_v = tile(v, start, v_s, S, KEYS, E, WIDE)
         d_weights = tl.dot(tile_do, tl.trans(tile_v), input_precision=PRECISION)
         d_scores = sloped * (d_weights - minus[:, None])
         acc = tl.dot(d_scores.to(tile_k.dtype), tile_k, acc, input_precision=PRECISION)
-    _put(dq + row * dq_b + head * dq_h, first, dq_s, S, acc * scale, QUERIES, E, WIDE)
+    put(dq + row * dq_b + head * dq_h, first, dq_s, S, acc * scale, QUERIES, E, WIDE)
 
 
 @triton.jit
@@ -155,8 +142,8 @@ def _backward_kv(q, k, v, lse, dout, dk, dv, delta, bounds, slope, cap, scale, w
     keys = first + tl.arange(0, KEYS)
     low, high = _queries_of(keys, bounds, window, S, PACKED, CAUSAL)
     begin, end = tl.min(low, 0), tl.max(high, 0)
-    tile_k = _tile(k + row * k_b + group * k_h, first, k_s, S, KEYS, E, WIDE)
-    tile_v = _tile(v + row * v_b + group * v_h, first, v_s, S, KEYS, E, WIDE)
+    tile_k = tile(k + row * k_b + group * k_h, first, k_s, S, KEYS, E, WIDE)
+    tile_v = tile(v + row * v_b + group * v_h, first, v_s, S, KEYS, E, WIDE)
     acc_k = tl.zeros((KEYS, WIDE), tl.float32)
     acc_v = tl.zeros((KEYS, WIDE), tl.float32)
     for member in range(groups):
@@ -164,20 +151,20 @@ def _backward_kv(q, k, v, lse, dout, dk, dv, delta, bounds, slope, cap, scale, w
         numbers = (row * H + head) * S
         for start in range(begin, end, QUERIES):
             queries = start + tl.arange(0, QUERIES)
-            tile_q = _tile(q + row * q_b + head * q_h, start, q_s, S, QUERIES, E, WIDE)
+            tile_q = tile(q + row * q_b + head * q_h, start, q_s, S, QUERIES, E, WIDE)
             level = tl.load(lse + (numbers + start) + tl.arange(0, QUERIES), mask=queries < S, other=0.0) * _LOG2_E
             scores, part = _capped(tl.dot(tile_k, tl.trans(tile_q), input_precision=PRECISION), slope, cap)
             seen = (queries[None, :] >= low[:, None]) & (queries[None, :] < high[:, None])
             weights = tl.exp2(tl.where(seen, scores - level[None, :], float("-inf")))
             sloped = weights * (4.0 * part * (1.0 - part))
-            tile_do = _tile(dout + row * do_b + head * do_h, start, do_s, S, QUERIES, E, WIDE)
+            tile_do = tile(dout + row * do_b + head * do_h, start, do_s, S, QUERIES, E, WIDE)
             acc_v = tl.dot(weights.to(tile_do.dtype), tile_do, acc_v, input_precision=PRECISION)
             minus = tl.load(delta + (numbers + start) + tl.arange(0, QUERIES), mask=queries < S, other=0.0)
             d_weights = tl.dot(tile_v, tl.trans(tile_do), input_precision=PRECISION)
             d_scores = sloped * (d_weights - minus[None, :])
             acc_k = tl.dot(d_scores.to(tile_q.dtype), tile_q, acc_k, input_precision=PRECISION)
-    _put(dk + row * dk_b + group * dk_h, first, dk_s, S, acc_k * scale, KEYS, E, WIDE)
-    _put(dv + row * dv_b + group * dv_h, first, dv_s, S, acc_v, KEYS, E, WIDE)
+    put(dk + row * dk_b + group * dk_h, first, dk_s, S, acc_k * scale, KEYS, E, WIDE)
+    put(dv + row * dv_b + group * dv_h, first, dv_s, S, acc_v, KEYS, E, WIDE)
 
 
 def forward(

@@ -18,6 +18,11 @@ BOUNDARIES = [0, 200, 456, 460, 1024]
 BLOCKS = [[(0, 4, 260)], [(0, 0, 100), (1, 100, 356), (2, 900, 1024)], [], [(0, 0, 50), (0, 300, 333), (1, 333, 334)]]
 
 
+@pytest.fixture(autouse=True)
+def _by_the_kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(function, "dense")
+
+
 def ids_of(rows: int) -> Tensor:
     ids = torch.full((rows, LENGTH), -1, device="cuda")
     for row, blocks in zip(ids, BLOCKS if rows > 1 else BLOCKS[1:], strict=False):

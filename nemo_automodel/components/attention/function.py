@@ -32,6 +32,12 @@ from nemo_automodel.kernels.softcap_attention import softcap_attention
 from nemo_automodel.kernels.softcap_attention import unsupported_reason as no_softcap_reason
 
 NAME = "automodel"
+ARGUMENTS = frozenset(
+    ("query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "sliding_window", "softcap", "s_aux",
+     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "indices", "position_bias", "position_ids",
+     "output_attentions", "deterministic")
+)  # fmt: skip
+"""What a layer may write into its call of ``attention``, which needs no more to know what is attended to."""
 _EXTRAS = ("indices", "position_bias")  # arguments that say more of what is attended to
 
 
@@ -69,9 +75,12 @@ def attention(
     """
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     length = query.shape[2]
+    if cu_seq_lens_q is not None and query.shape[0] != 1 and (attention_mask is None or are_blocks(attention_mask)):
+        raise ValueError(f"packed attention takes one row that holds every document, not {query.shape[0]} rows")
     if attention_mask is not None and are_blocks(attention_mask):
         special = softcap is not None or s_aux is not None or any(kwargs.get(name) is not None for name in _EXTRAS)
-        if not special and not dropout and fits(query, key, value):
+        flash = _fits_alone(query, key, value) and unsupported_reason(query.device, query.dtype) is None
+        if flash and not special and not dropout:
             window, blocks = _window(sliding_window, max_length_q or length), attention_mask[:, 0]
             return block_attention(query, key, value, blocks, scaling, window, cu_seq_lens_q, max_length_q), None
         behind = _written_mask(length, key.shape[2], True, sliding_window, cu_seq_lens_q, query.device)
@@ -91,7 +100,9 @@ def attention(
         return out.transpose(1, 2).contiguous(), None
     biased = kwargs.get("position_bias") is not None  # which SDPA lays over a mask, not over a window or documents
     written_out = softcap is not None or s_aux is not None
-    if written_out and attention_mask is None and not dropout and not biased and _fits_alone(query, key, value):
+    if written_out and biased:
+        raise NotImplementedError("a position_bias beside a soft-cap or sinks: write model.attn_implementation: eager")
+    if written_out and attention_mask is None and not dropout and _fits_alone(query, key, value):
         window = _window(sliding_window, max_length_q or length)
         if softcap and s_aux is None and no_softcap_reason(query.device, query.dtype) is None:
             return softcap_attention(query, key, value, softcap, scaling, bool(causal), window, cu_seq_lens_q), None

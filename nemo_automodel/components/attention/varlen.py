@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nemo_automodel.kernels import flash
+
 varlen_attn: Any = None
 with contextlib.suppress(ImportError):  # a torch built without it
     from torch.nn.attention.varlen import varlen_attn
 _TAKES_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-_MAX_HEAD_SIZE = 256  # of the flash kernel behind varlen_attn
 
 
 def packed_attention(
@@ -38,10 +38,8 @@ def packed_attention(
 
     ``query`` [B, H, S, E], ``key`` and ``value`` [B, G, S, E]; ``cu_seqlens`` [D+1] boundaries along S of a batch of
     one row; ``longest`` tokens of the longest document; ``window`` keys a query sees, its own included.
-    Returns [B, H, S, E]. Raises ValueError for more than one row.
+    Returns [B, H, S, E].
     """
-    if query.shape[0] != 1:
-        raise ValueError(f"packed attention takes one row that holds every document, not {query.shape[0]} rows")
     documents = cu_seqlens.shape[0] - 1
     if not window and documents * longest == query.shape[2]:  # none is longer, so all are as long
         return _equal_documents(query, key, value, documents, dropout, scaling, causal)
@@ -97,8 +95,8 @@ def has_kernel(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> boo
         varlen_attn is not None
         and query.is_cuda
         and dropout == 0.0
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and query.shape[-1] == key.shape[-1] == value.shape[-1] <= _MAX_HEAD_SIZE
+        and flash.unsupported_reason(query.device, query.dtype) is None
+        and query.shape[-1] == key.shape[-1] == value.shape[-1] <= flash.MAX_HEAD_SIZE
         and query.shape[-1] % 8 == 0
     )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from nemo_automodel.components.attention import function, varlen
+from nemo_automodel.components.attention import function
 from nemo_automodel.components.attention.blocks import _with_bounds
 from nemo_automodel.components.attention.layout import Layout, announce, current_layout
 
@@ -32,7 +32,7 @@ def inputs(rows: int = 2, heads: int = 4, kv_heads: int = 2, length: int = LENGT
 
 
 def oracle(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, softcap: float | None = None,
-           sinks: Tensor | None = None, scale: float = SIZE**-0.5) -> Tensor:  # fmt: skip
+           sinks: Tensor | None = None, scale: float = SIZE**-0.5, bias: Tensor | None = None) -> Tensor:  # fmt: skip
     """Attention in float64, a head and a row at a time, [B, S, H, E]."""
     query, key, value = query.double(), key.double(), value.double()
     groups = query.shape[1] // key.shape[1]
@@ -42,6 +42,8 @@ def oracle(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, softcap: 
         scores = query[row, head] @ key[row, head // groups].T * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
+        if bias is not None:
+            scores = scores + bias[0, head].double()
         scores = scores.masked_fill(~allowed, -torch.inf)
         if sinks is not None:
             scores = torch.cat([scores, sinks[head].double().expand(scores.shape[0], 1)], dim=1)
@@ -121,12 +123,6 @@ def test_encoders_see_both_ways_and_one_query_sees_every_key() -> None:
     )
 
 
-def test_packed_documents_take_one_row() -> None:
-    query, key, value = inputs(rows=2)
-    with pytest.raises(ValueError, match="one row"):
-        varlen.packed_attention(query, key, value, torch.tensor([0, 24]), 24)
-
-
 def test_registered_once_asked_under_one_name() -> None:
     assert function.register() == function.register() == "automodel"
     assert AttentionInterface()["automodel"] is function.attention
@@ -185,7 +181,8 @@ def test_blocks_in_place_of_a_mask(extra: str, window: int | None) -> None:
     if extra == "sinks":
         options["s_aux"] = known["sinks"] = torch.randn(4, generator=torch.Generator().manual_seed(1))
     if extra == "position_bias":
-        options["position_bias"] = torch.zeros(1, 4, LENGTH, LENGTH)
+        options["position_bias"] = torch.randn(1, 4, LENGTH, LENGTH, generator=torch.Generator().manual_seed(1))
+        known["bias"] = options["position_bias"]
     if extra == "indices":
         options["indices"] = torch.arange(LENGTH)[None, :, None].expand(2, -1, 1)
         seen = seen & torch.eye(LENGTH, dtype=torch.bool)
@@ -198,3 +195,18 @@ def test_blocks_in_place_of_a_mask(extra: str, window: int | None) -> None:
     theirs = torch.autograd.grad(wanted, [query, key, value], gradient.double())
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", [{}, {"softcap": 5.0}, {"s_aux": torch.zeros(4)}, {"sliding_window": 5}])
+def test_packed_documents_are_in_one_row(option: dict[str, object]) -> None:
+    """Two rows and one list of boundaries: whose they are is not said."""
+    bounds = torch.tensor([0, 8, LENGTH], dtype=torch.int32)
+    with pytest.raises(ValueError, match="one row that holds every document, not 2 rows"):
+        function.attention(Module(2), *inputs(2), None, cu_seq_lens_q=bounds, max_length_q=16, **option)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", [{"softcap": 5.0}, {"s_aux": torch.zeros(4)}])
+def test_a_bias_beside_a_softcap_or_sinks_is_refused(option: dict[str, object]) -> None:
+    bias = torch.zeros(1, 4, LENGTH, LENGTH)
+    with pytest.raises(NotImplementedError, match="attn_implementation: eager"):
+        function.attention(Module(2), *inputs(1), None, position_bias=bias, **option)  # type: ignore[arg-type]

@@ -127,3 +127,11 @@ def test_contiguous_inputs_and_the_op_itself() -> None:
     op = torch.ops.automodel.block_attention.default
     torch.library.opcheck(op, (*tensors, blocks, 0.25, None, None, LENGTH))
     torch.library.opcheck(op, (*inputs(2, 4, 2, 16), blocks, 0.25, 7, None, LENGTH))
+
+
+@pytest.mark.parametrize("layout", [(0, 1, 3, 2), (1, 0, 2, 3)])
+def test_other_layouts(layout: tuple[int, ...]) -> None:
+    """Gradients have the layout of what they belong to, also where its last dimension is not contiguous."""
+    back = sorted(range(4), key=layout.__getitem__)
+    tensors = [x.detach().permute(layout).contiguous().permute(back) for x in inputs(2, 4, 2, 16)]
+    compare(ids_of("middle", "ends"), tensors)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention
 
+from nemo_automodel import NeMoAutoModelForImageTextToText
 from nemo_automodel._transformers import compat
+from nemo_automodel._transformers.tiny_twin import tiny_twin
+from nemo_automodel._transformers.twin_start import start_config
 from tests.builders import tiny_config
 
 
@@ -24,6 +28,35 @@ def test_unsplittable_classes() -> None:
 def test_pluggable_attention(family: str, expected: bool) -> None:
     over = {"bloom": {"n_layer": 1, "n_head": 4}, "mamba": {"state_size": 4}}.get(family, {})
     assert compat.attention_is_pluggable(build(family, **over)) is expected
+
+
+class Chosen(LlamaAttention):
+    """Its indexer, say, chose blocks of keys, and nothing but this argument says which."""
+
+    def forward(self, hidden_states, attention_interface, **kwargs):  # type: ignore[no-untyped-def]
+        return attention_interface(self, hidden_states, dropout=0.0, chosen_blocks=[1], **kwargs)
+
+
+def test_an_attention_that_says_more_than_ours_knows_is_left_alone() -> None:
+    model = build("llama")
+    assert compat.unknown_attention_arguments(model) == set()
+    model.model.layers[-1].self_attn.__class__ = Chosen
+    assert compat.unknown_attention_arguments(model) == {"chosen_blocks"}
+    assert not compat.attention_is_pluggable(model)
+
+
+@pytest.mark.skipif("minimax_m3_vl" not in CONFIG_MAPPING, reason="not in this transformers")
+def test_keys_chosen_by_blocks_are_attended_to_and_no_others() -> None:
+    config = tiny_twin(start_config("minimax_m3_vl", causal=False))
+    text = config.get_text_config()
+    text.layer_types = ["minimax_m3_sparse"] * text.num_hidden_layers
+    torch.manual_seed(0)
+    plain = AutoModelForImageTextToText.from_config(config).eval()
+    ours = NeMoAutoModelForImageTextToText.from_config(config, dtype="float32").eval()
+    ours.load_state_dict(plain.state_dict())
+    assert text.index_block_size * text.index_topk_blocks < 40
+    ids = torch.randint(10, 100, (2, 40))
+    torch.testing.assert_close(ours(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
 def test_attention_name() -> None:
