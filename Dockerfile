@@ -9,7 +9,7 @@ FROM pytorch/pytorch:${PYTORCH}
 ENV PIP_BREAK_SYSTEM_PACKAGES=1
 COPY . /opt/automodel
 RUN python -c "import torch; print(f'torch=={torch.__version__}')" > /tmp/torch.txt \
-    && pip install --no-cache-dir -c /tmp/torch.txt "/opt/automodel[tensorboard,wandb]" \
+    && pip install --no-cache-dir -c /tmp/torch.txt "/opt/automodel[tensorboard,wandb,quantization]" \
     && rm /tmp/torch.txt
 
 WORKDIR /workspace

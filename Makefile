@@ -5,6 +5,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 JOBS   ?= 2
+# Where torch is looked for besides PyPI, e.g. https://download.pytorch.org/whl/cpu on a machine without a GPU.
+TORCH_INDEX ?=
+EXTRA_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 # What another transformers may break: models, their files, and recipes that train them.
 TRANSFORMERS_TESTS ?= tests/unit/model tests/unit/attention tests/unit/peft tests/unit/checkpoint tests/unit/datasets \
@@ -16,10 +19,11 @@ OTHER := .venv-$(VERSION)
 
 setup: $(STAMP)
 
-# torch first and pinned: a bare `torch` would bring gigabytes of CUDA libraries to a machine without a GPU.
+# torch first, by itself: only it may come from TORCH_INDEX. From PyPI the same pin is the CUDA build on Linux, gigabytes of
+# libraries that a machine without a GPU does not need.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(EXTRA_INDEX) torch==2.13.0
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
@@ -44,7 +48,7 @@ $(OTHER)/.installed: pyproject.toml constraints.txt
 	@test -n "$(VERSION)" || { echo "write the version: make test-transformers VERSION=5.17.0"; exit 2; }
 	$(PYTHON) -m venv $(OTHER)
 	grep -vE '^(transformers|huggingface_hub|tokenizers|hf-xet|httpcore2|httpx2)==' constraints.txt > $(OTHER)/constraints.txt
-	$(OTHER)/bin/python -m pip install -q --disable-pip-version-check -c $(OTHER)/constraints.txt torch==2.13.0
+	$(OTHER)/bin/python -m pip install -q --disable-pip-version-check -c $(OTHER)/constraints.txt $(EXTRA_INDEX) torch==2.13.0
 	$(OTHER)/bin/python -m pip install -q --disable-pip-version-check -c $(OTHER)/constraints.txt \
 		transformers==$(VERSION) -e '.[dev]'
 	touch $@

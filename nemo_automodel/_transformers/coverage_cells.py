@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -60,8 +62,9 @@ def attempt(stage: Callable[[], None]) -> str:
 
 
 def one_line(error: object) -> str:
-    """A message on one line, of at most 300 letters."""
-    return " ".join(str(error).split())[:300]
+    """A message on one line, of at most 300 letters, without the names of temporary directories."""
+    text = re.sub(rf"{re.escape(tempfile.gettempdir())}/tmp\w+", "<directory>", str(error))
+    return " ".join(text.split())[:300]
 
 
 __all__ = ["COLUMNS", "LATER", "REQUIRED", "THEIRS", "YES", "Differs", "Row", "attempt", "one_line"]

@@ -93,17 +93,23 @@ def demo(
     if last > _REQUIRED_FALL * first:
         _say(f"\nThe demo failed: the loss should have fallen below {_REQUIRED_FALL * first:.3f}.")
         return EXIT_FAULT
-    _say(NEXT_STEPS.format(recipe=recipe, model_dir=model_dir))
+    _say(NEXT_STEPS.format(recipe=recipe, model_dir=model_dir, examples=find_examples()))
     return EXIT_OK
 
 
 NEXT_STEPS = """
 What to run next
   automodel finetune llm -c {recipe} --optimizer.lr 0.001    the same with one value changed
-  automodel finetune llm -c examples/llm_finetune/llama3_2/llama3_2_1b_squad_peft.yaml    a Hub model with LoRA (GPU)
+  automodel finetune llm -c {examples}/llm_finetune/qwen3/qwen3_8b_chat_peft.yaml    a Hub model with LoRA (a GPU of 40 GiB)
   vllm serve {model_dir}    any library that reads Hugging Face checkpoints serves it
-  docs/write-your-own-recipe.md    your own data, loss or training loop\
+  docs/write-your-own-recipe.md in the repository    your own data, loss or training loop\
 """
+
+
+def find_examples() -> Path:
+    """The folder of example recipes: a wheel has it inside the package, a clone beside it."""
+    package = Path(__file__).resolve().parent.parent
+    return next((path for path in (package / "examples", package.with_name("examples")) if path.is_dir()), package)
 
 
 def prepare_folder(output: Path) -> None:

@@ -33,7 +33,7 @@ def finetune(context: typer.Context) -> int:
     domain, *arguments = context.args or ["--help"]
     if domain.startswith("-"):
         if domain in ("--help", "-h"):
-            print(help_text("llm") + _HELP)
+            print(help_text() + _HELP)
             return EXIT_OK
         raise ConfigError(
             f"automodel finetune {domain}: say what kind of model first; write automodel finetune llm {domain} ..."

@@ -23,7 +23,6 @@ _COMMON = {
     "--gpus-per-node": ("8", "GPUs of each, a process for each; 0 trains on the CPU (default 8)"),
     "--nproc-per-node": ("8", "processes on each machine (default: one for each GPU; on the CPU 1)"),
     "--job-name": ("my-run", "name of the job (default: the recipe's)"),
-    "--output": ("job.sbatch", "file to write (default: the job's name, in this folder)"),
 }
 _FLAGS = {"--dry-run": "only write the file", "--help": "this text"}
 _DEFAULT_GPUS = 8
@@ -43,7 +42,7 @@ def launch(context: typer.Context) -> int:
         print(_help(kind))
         return EXIT_OK
     domain = arguments.pop(0) if arguments and arguments[0] in DOMAINS else "llm"
-    examples = {name: example for name, (example, _) in (_COMMON | launcher.OPTIONS).items()}
+    examples = {name: example for name, (example, _) in _options(launcher).items()}
     given, rest = take(_long(arguments), examples, (*_FLAGS, *launcher.FLAGS))
     _require_known(kind, rest, [*examples, *_FLAGS, *launcher.FLAGS])
     code, config = check_recipe(domain, [*(("-c", given["--config"]) if "--config" in given else ()), *rest])
@@ -109,10 +108,15 @@ def _write_and_submit(launcher: Launcher, job: Job) -> int:
     return launcher.submit(job, path)
 
 
+def _options(launcher: Any) -> dict[str, tuple[str, str]]:
+    output = (f"my-run{launcher.SUFFIX}", "file to write (default: the job's name, in this folder)")
+    return _COMMON | {"--output": output} | launcher.OPTIONS
+
+
 def _help(kind: str) -> str:
     launcher = import_module(f"nemo_automodel.cli.launchers.{kind}")
     usage = f"usage: automodel launch {kind} -c recipe.yaml [options] [--section.key=value ...]"
-    rows = [(f"  {name} {example}", meaning) for name, (example, meaning) in (_COMMON | launcher.OPTIONS).items()]
+    rows = [(f"  {name} {example}", meaning) for name, (example, meaning) in _options(launcher).items()]
     rows += [(f"  {name}", meaning) for name, meaning in {**launcher.FLAGS, **_FLAGS}.items()]
     width = max(len(row[0]) for row in rows)
     return "\n".join([usage, "", *(f"{name:<{width}}  {meaning}" for name, meaning in rows)])

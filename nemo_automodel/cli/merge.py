@@ -20,7 +20,9 @@ def merge(
         Path | None, typer.Option("-o", "--output", help="Default: beside it, ending in -merged.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="Base model; default: the one the adapter names.")] = None,
-    dtype: Annotated[str, typer.Option(help=f"Dtype to write: {', '.join(_DTYPES)} (the base's own).")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help=f"Dtype to write: auto (the base's own), {', '.join(_DTYPES[1:])}.")
+    ] = "auto",
 ) -> Path:
     """Merge a LoRA or DoRA adapter into its base model and write a full Hugging Face directory.
 

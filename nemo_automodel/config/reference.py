@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nemo_automodel.config.sections import RECIPES, Presence, Section, default_arguments
-from nemo_automodel.config.signatures import REQUIRED, Parameter, Signature, Signatures, describe
+from nemo_automodel.config.signatures import COMPUTED, REQUIRED, Parameter, Signature, Signatures, describe
 from nemo_automodel.config.targets import DANGEROUS, ENV_ALLOW, TRUSTED_ROOTS, TargetPolicy
 from nemo_automodel.errors import ConfigError
 
@@ -22,6 +22,7 @@ ALTERNATIVES = {
     ),
     "distributed": ("nemo_automodel.components.distributed.ddp.DDPManager",),
     "loss_fn": ("nemo_automodel.components.loss.masked_ce.MaskedCrossEntropy",),
+    "optimizer": ("nemo_automodel.components.training.adamw.AdamW",),
 }
 """Other targets of ours for a section, described in full."""
 
@@ -46,13 +47,21 @@ options:
   --allow-target NAME        let _target_ name this package or this .py file (relative to the recipe); runs its code
   -h, --help                 this text
 
-sections and their keys (docs/config-reference.md describes them):
+sections{which} (docs/config-reference.md describes them):
 """
 
 
-def help_text(domain: str) -> str:
-    """What ``--help`` prints: the options, and every section with its keys, their types and defaults."""
-    lines = [_OPTIONS.format(domain=domain)]
+def help_text(domain: str | None = None) -> str:
+    """What ``--help`` prints: the options, and every section with its keys, their types and defaults.
+
+    Without ``domain`` the sections are those of the first kind of recipe, and how to see the others' is said.
+    """
+    first, *others = RECIPES
+    which = " and their keys"
+    if domain is None:
+        which = f" of {first} and their keys; for {others[0]} see automodel finetune {others[0]} --help"
+    lines = [_OPTIONS.format(domain=domain or f"{{{','.join(RECIPES)}}}", which=which)]
+    domain = domain or first
     for name, section in RECIPES[domain].items():
         lines.append(f"{name}:  {section.doc}")
         for signature in _signatures(name, section, domain):
@@ -159,7 +168,9 @@ def _default(name: str, section: Section, signature: Signature, parameter: Param
     value = ours.get(parameter.name, parameter.default)
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return str(value) if parameter.name in ours else parameter.default_source or ""
+    source = parameter.default_source or ""
+    is_constant = source.isidentifier() and value is not COMPUTED  # by its name: what it is, is told
+    return str(value) if parameter.name in ours or is_constant else source
 
 
 def _presence(section: Section) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_automodel.cli import demo_data
-from nemo_automodel.cli.demo import answer, loss_fall, prepare_folder, untrained_model, write_inputs
+from nemo_automodel.cli.demo import (
+    NEXT_STEPS,
+    answer,
+    find_examples,
+    loss_fall,
+    prepare_folder,
+    untrained_model,
+    write_inputs,
+)
 from nemo_automodel.errors import ConfigError
 
 
@@ -94,6 +103,13 @@ def test_it_shows_the_recipe_the_answers_and_what_to_run_next(finished):
     assert "step 200/200  loss" in result.stderr
     assert "What to run next" in result.stdout
     assert "Traceback" not in result.stderr
+
+
+def test_the_example_that_it_names_is_there():
+    text = NEXT_STEPS.format(recipe="r.yaml", model_dir="m", examples=find_examples())
+    named = re.findall(r"finetune llm -c (\S+) ", text)
+    assert len(named) == 2
+    assert Path(named[1]).is_file()
 
 
 def test_data_and_tokenizer_are_real_text_that_survives_the_round_trip(tmp_path):

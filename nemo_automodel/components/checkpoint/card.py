@@ -47,9 +47,9 @@ def write_card(directory: Path, config: Any, datasets: tuple[str, ...] = (), ada
         "",
         f"# {title}, {'a LoRA adapter' if adapter_of else 'fine-tuned'}",
         "",
-        "Trained with AutoModel (`nemo_automodel`). Loads as it is in transformers, PEFT and vLLM:"
+        "Trained with AutoModel (`nemo_automodel`). Loads as it is in transformers and PEFT:"
         if adapter_of
-        else "Trained with AutoModel (`nemo_automodel`). Loads as it is in transformers and vLLM:",
+        else "Trained with AutoModel (`nemo_automodel`). Loads as it is in transformers:",
         "",
         "```python",
         *_usage(source, bool(adapter_of), vision),

@@ -26,6 +26,10 @@ def test_reference_describes_every_section_target_and_key():
     assert len(undescribed) == len(LLM["optimizer"].defaults)  # torch's; ours all have a meaning
 
 
+def test_a_default_that_has_a_name_is_shown_as_what_it_is():
+    assert "| `ignore_index` | `int` | `-100` |" in reference.markdown()
+
+
 def test_surface_is_frozen():
     """A new option is a decision: add it to config_keys.txt in the same change."""
     assert reference.keys() == SURFACE.read_text(encoding="utf-8").split()

@@ -61,6 +61,15 @@ def test_help_shows_the_options(arguments, capsys, recipe):
     assert all(name in shown for name in ("--nproc-per-node N", "--nnodes M", "--rdzv-endpoint", "--rdzv-id"))
 
 
+def test_help_without_a_kind_of_model_says_which_there_are(capsys, recipe):
+    assert main(["finetune", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "usage: automodel finetune {llm,vlm} -c" in shown
+    assert "for vlm see automodel finetune vlm --help" in shown
+    assert main(["finetune", "vlm", "--help"]) == 0
+    assert "usage: automodel finetune vlm -c" in capsys.readouterr().out
+
+
 def test_a_typo_is_found_before_any_process_is_started_or_torch_imported(recipe, tmp_path):
     script = (
         "import sys, time; start = time.monotonic()\n"

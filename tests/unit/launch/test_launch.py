@@ -154,3 +154,9 @@ def test_help(arguments, capsys):
     assert main(["launch", *arguments]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("--nodes", "--gpus-per-node", "--dry-run", "--job-name"))
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("slurm", ".sbatch"), ("k8s", ".k8s.yaml"), ("skypilot", ".sky.yaml")])
+def test_help_names_the_kind_of_file_that_is_written(kind, suffix, capsys):
+    assert main(["launch", kind, "--help"]) == 0
+    assert f"--output my-run{suffix} " in capsys.readouterr().out

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM
+from nemo_automodel._transformers.coverage_cells import attempt
 from nemo_automodel._transformers.forward import forward_loss
 from nemo_automodel._transformers.head import HeadTap, infer_transform, probe_logits
 from nemo_automodel._transformers.tiny_twin import tiny_twin
@@ -107,3 +111,10 @@ def test_reversible_layers_train_with_a_frozen_input() -> None:
 def test_a_model_that_does_not_run_on_a_packed_row_says_so() -> None:
     with pytest.raises(ModelError, match=r"does not run on a row of packed documents .*packed_sequence_size: 0"):
         NeMoAutoModelForCausalLM.from_config(tiny_twin(start_config("blt", causal=True)), dtype="float32", packed=True)
+
+
+def test_a_reason_names_no_temporary_directory() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        cell = attempt(lambda: (Path(directory) / "base/config.json").read_text())
+    assert cell.startswith("FileNotFoundError")
+    assert "'<directory>/base/config.json'" in cell
