@@ -20,7 +20,8 @@ from torch.func import functional_call
 from nemo_automodel._transformers import compat, experts
 from nemo_automodel._transformers.blocks import find_blocks
 from nemo_automodel._transformers.certificate_rows import Rows
-from nemo_automodel._transformers.forward import forget_head, forward_loss
+from nemo_automodel._transformers.forward import forward_loss
+from nemo_automodel._transformers.head import forget_head
 from nemo_automodel._transformers.inputs import to_device
 from nemo_automodel._transformers.mixin import adopt
 from nemo_automodel._transformers.plain import plain_loss

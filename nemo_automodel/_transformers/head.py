@@ -6,6 +6,7 @@ loss gets known numbers for logits, and what arrives at the loss says what the m
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -14,7 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from nemo_automodel._transformers import compat
 from nemo_automodel.components.distributed.tp_layers import Column
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class HeadTap:
     With ``probe`` [V] the head's output is the probe instead, one row of it for each batch row.
     """
 
-    def __init__(self, head: nn.Module, probe: Tensor | None = None) -> None:
+    def __init__(self, head: nn.Linear, probe: Tensor | None = None) -> None:
         self.head = head
         self.probe = probe
         self.inputs: list[Tensor] = []
@@ -118,3 +122,39 @@ def _tidy(number: float) -> float:
         if abs(short - number) <= 1e-6 * abs(number):
             return short
     return number
+
+
+@dataclass
+class HeadState:
+    """What is known of a model's head; kept on the model."""
+
+    transform: LogitTransform | None = None  # None: not measured yet
+    reason: str | None = None  # why the fused path is off
+    cuts: bool = False  # it cuts logits and labels itself, so labels go in unshifted and are used as they come out
+
+    def give_up(self, model: nn.Module, reason: str) -> None:
+        """Turn the fused path off for this model and say so, once."""
+        self.transform, self.reason = None, reason
+        name = compat.base_class(model).__name__
+        logger.warning("%s: loss computed from whole logits, because %s", name, reason)
+
+
+def head_state(model: nn.Module) -> HeadState:
+    """What is known of the head of ``model`` by now."""
+    return model.__dict__.setdefault("_automodel_head", HeadState())
+
+
+def keeps_logits(model: nn.Module) -> bool:
+    """Whether a loss over hidden states is known not to fit ``model``, so that it gets whole logits."""
+    return head_state(model).reason is not None or head_of(model) is None
+
+
+def give_up_fusing(model: nn.Module) -> None:
+    """Let ``model`` make whole logits for every loss from now on."""
+    state = head_state(model)
+    state.transform, state.reason = None, "its certificate says so"
+
+
+def forget_head(model: nn.Module) -> None:
+    """Have the next forward find out anew what ``model`` does to its logits."""
+    model.__dict__.pop("_automodel_head", None)

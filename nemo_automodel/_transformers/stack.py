@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from nemo_automodel._transformers import compat, experts
 from nemo_automodel._transformers.blocks import find_blocks
-from nemo_automodel._transformers.forward import give_up_fusing, keeps_logits
+from nemo_automodel._transformers.head import give_up_fusing, keeps_logits
 from nemo_automodel._transformers.packing import PASSES_DOCUMENTS
 from nemo_automodel._transformers.window_trial import PASSES_WINDOW
 from nemo_automodel.components._peft.experts import adapt_experts, lora_experts
