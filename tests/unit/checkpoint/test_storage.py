@@ -319,8 +319,7 @@ def test_a_step_that_is_validated_after_its_save_is_the_best(tmp_path):
         assert (tmp_path / "BEST").read_text() == f"epoch_0_step_{best}\n"
         assert names(tmp_path) == [f"epoch_0_step_{step}" for step in kept]
     assert publish.damage(tmp_path / "epoch_0_step_5", Ranks(None)) == []
-    step, resumed = resumed_step(tmp_path, "best")
-    assert step == 5
+    assert resumed_step(tmp_path, "best")[0] == 5
     # what was best is remembered across a resume, whichever checkpoint knows it
     for loss, best in ((0.7, 5), (0.4, 7)):
         checkpointer = Checkpointer(None, str(tmp_path), restore_from="latest", keep_last=1)
@@ -373,7 +372,7 @@ def test_a_best_that_cannot_be_written_is_an_error(tmp_path):
     train(state, 1)
     checkpointer.save(state)
     (tmp_path / "BEST").mkdir()
-    with pytest.raises(CheckpointError, match="Making epoch_0_step_1 the best failed.*BEST"):
+    with pytest.raises(CheckpointError, match=r"Making epoch_0_step_1 the best failed.*BEST"):
         checkpointer.offer_best(1.0)
 
 
@@ -391,7 +390,9 @@ def test_a_run_that_went_back_names_the_checkpoint_it_stands_at(root, capsys):
     checkpointer.restore(state)
     assert checkpointer.finish(state) == root / earlier
     out = capsys.readouterr().out
-    assert f"saved in {root / earlier}\nto go on, run the same command with --checkpoint.restore_from={earlier}\n" in out
+    assert (
+        f"saved in {root / earlier}\nto go on, run the same command with --checkpoint.restore_from={earlier}\n" in out
+    )
 
 
 def test_5_a_kill_before_the_pointers_is_repaired(tmp_path):
