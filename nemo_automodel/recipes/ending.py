@@ -114,7 +114,7 @@ def _report(directory: Path, first: Failure, rank: int) -> None:
 
 def _out_of_memory(error: BaseException) -> OutOfMemory | None:
     """What to tell the user where ``error``, or what it was raised from, is torch's of a full device."""
-    for cause in causes(error):
+    for cause in causes(error) if isinstance(error, Exception) else ():  # a signal stays one
         if any(kind.__name__ == "OutOfMemoryError" for kind in type(cause).__mro__):  # torch's, not imported for this
             what = ". ".join(first_line(cause).split(". ")[:3])  # how much was asked for, and what is free
             told = OutOfMemory(f"{what}\n{_LESS_MEMORY}")
