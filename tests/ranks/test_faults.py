@@ -253,7 +253,7 @@ def test_a_full_device_is_one_message_that_says_what_to_write(tmp_path, nproc):
     for key in (
         "step_scheduler.local_batch_size: half",
         "distributed.activation_checkpointing: full",
-        "dataset.seq_length",
+        "  dataset.seq_length",
         "packed_sequence.packed_sequence_size",
     ):
         assert run.output.count(key) == 1
