@@ -60,7 +60,11 @@ class StoppedError(AutoModelError):
 
 
 class NonFiniteError(AutoModelError):
-    """A loss or a gradient is NaN or infinite; names the step and the rows. The state before that step is saved."""
+    """A loss or a gradient is NaN or infinite; names the step and the rows. The state before that step, if any, is saved."""
+
+
+class OutOfMemory(AutoModelError):
+    """A device had too little memory for the run; names the settings that need less of it."""
 
 
 class MissingExtraError(AutoModelError):

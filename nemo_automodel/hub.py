@@ -76,7 +76,8 @@ def explain(error: BaseException, kind: str, name: str, revision: str | None = N
             f"private, run `hf auth login` (or set HF_TOKEN)"
         )
     if "HFValidationError" in names:
-        return f"{what}: no such local directory, and it is no Hub ID either (owner/name)"
+        seen_from = "" if os.path.isabs(name) else f" (relative to {os.getcwd()})"
+        return f"{what}: no such local directory{seen_from}, and it is no Hub ID either (owner/name)"
     if status in (401, 403):
         return (
             f"{at}: access refused by {endpoint} ({status}); run `hf auth login` with an account that may read {page}"

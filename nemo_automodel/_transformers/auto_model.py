@@ -8,6 +8,7 @@ so that no rank ever holds all of it; where it will not be, or cannot be loaded 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -98,7 +99,9 @@ class _NeMoAutoModel:
         dtype = kwargs.pop("torch_dtype", None) or dtype
         compute, stored = _dtypes(dtype, master_dtype, distributed, peft)
         source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        name = str(pretrained_model_name_or_path)
+        name = os.path.expanduser(str(pretrained_model_name_or_path))
+        if kwargs.get("cache_dir"):
+            kwargs["cache_dir"] = os.path.expanduser(kwargs["cache_dir"])
         config = loading.load_config(name, **source, **kwargs)
         compute = compute or loading.own_dtype(config) or torch.float32
         _require_range(dtype, compute, distributed)
@@ -110,6 +113,10 @@ class _NeMoAutoModel:
             model = loading.load_weights(
                 cls._auto_class, name, config, device=_device(distributed, quantization), **options
             )
+        if hasattr(
+            distributed, "wait_for_all"
+        ):  # a download may be slow on one node: no collective should trip over it
+            distributed.wait_for_all()
         model.__dict__["_automodel_source"] = source
         model.export_dtype = loading.own_dtype(config) or compute  # type: ignore[assignment]
         return _assemble(

@@ -83,7 +83,7 @@ def build_config(
 ) -> PretrainedConfig:
     """A config from a config, a mapping with ``model_type``, or a Hub ID or directory; ``overrides`` are set on it."""
     if isinstance(config, (str, os.PathLike)):
-        built = load_config(str(config), revision=revision, trust_remote_code=trust_remote_code)
+        built = load_config(os.path.expanduser(str(config)), revision=revision, trust_remote_code=trust_remote_code)
     elif isinstance(config, PretrainedConfig):
         built = copy.deepcopy(config)
     elif isinstance(config, Mapping):

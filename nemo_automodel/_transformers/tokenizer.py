@@ -80,6 +80,8 @@ def _load(name: str, revision: str | None, trust_remote_code: bool, kwargs: dict
     if local:
         _check_files(path, what, name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code, **kwargs}
+    if options.get("cache_dir"):
+        options["cache_dir"] = Path(options["cache_dir"]).expanduser()
     try:
         return patiently(lambda: AutoTokenizer.from_pretrained(str(path) if local else name, **options), what)
     except Exception as error:

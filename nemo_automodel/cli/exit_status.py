@@ -21,7 +21,7 @@ class ExitStatus:
     """
 
     def __init__(self, directory: str | Path | None):
-        self._path = Path(directory) / FILE_NAME if directory else None
+        self._path = Path(directory).expanduser() / FILE_NAME if directory else None
         self._before = self._bytes()
 
     def read(self, seconds: float = 0) -> dict[str, Any] | None:

@@ -76,7 +76,7 @@ def _job(domain: str, given: dict[str, str], rest: list[str], config: Any) -> Jo
     nproc = positive(given, "--nproc-per-node") or max(1, gpus)
     if gpus and nproc > gpus:
         raise ConfigError(f"--nproc-per-node {nproc}: there are {gpus} on a node (--gpus-per-node); write at most that")
-    recipe = Path(given["--config"]).resolve()
+    recipe = Path(given["--config"]).expanduser().resolve()
     return Job(
         name=given.get("--job-name") or re.sub(r"[^a-z0-9]+", "-", recipe.stem.lower()).strip("-"),
         domain=domain,
@@ -92,7 +92,7 @@ def _job(domain: str, given: dict[str, str], rest: list[str], config: Any) -> Jo
 
 def _write_and_submit(launcher: Launcher, job: Job) -> int:
     text = launcher.render(job)
-    path = Path(job.options.get("--output") or f"{job.name}{launcher.SUFFIX}")
+    path = Path(job.options.get("--output") or f"{job.name}{launcher.SUFFIX}").expanduser()
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise ConfigError(f"{path}: exists already and differs; remove it, or write another: --output FILE")
     try:

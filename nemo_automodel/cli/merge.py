@@ -38,7 +38,7 @@ def merge(
     if dtype not in _DTYPES:
         raise ConfigError(f"--dtype {dtype}: unknown; write one of {', '.join(_DTYPES)}")
     directory = find_adapter(adapter_dir)
-    target = output or _default_output(adapter_dir)
+    target = output.expanduser() if output else _default_output(adapter_dir)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"--output {target}: exists already; remove it or write another one")
     config = read_adapter_config(directory)

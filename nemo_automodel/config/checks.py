@@ -19,7 +19,7 @@ _DTYPES = ("float32", "bfloat16", "float16", "auto")
 _SHORT_DTYPES = ("fp32", "bf16", "fp16", "float", "half")
 _DTYPE_KEYS = ("dtype", "torch_dtype", "master_dtype", "lora_dtype", "compute_dtype", "export_dtype")
 _AT_LEAST_ONE = ("max_steps", "num_epochs", "global_batch_size", "local_batch_size", "ckpt_every_steps", "val_every_steps", "log_every_steps")  # fmt: skip
-_NOT_NEGATIVE = ("lr", "weight_decay", "eps", "warmup_steps", "min_lr_ratio", "min_lr", "max_norm", "alpha", "packed_sequence_size", "num_workers", "seed")  # fmt: skip
+_NOT_NEGATIVE = ("lr", "weight_decay", "eps", "warmup_steps", "min_lr_ratio", "min_lr", "alpha", "packed_sequence_size", "num_workers", "seed")  # fmt: skip
 CONFLICTS = (
     ("peft", "match_all_linear", "target_modules", "write target_modules alone, or match_all_linear: true alone"),
     ("optimizer", "fused", "foreach", "torch takes one of them; leave foreach out"),
@@ -48,6 +48,8 @@ def _numbers(calls: Calls, file: str) -> Iterator[str]:
             )
         elif key in _NOT_NEGATIVE and value < 0:
             yield _message(node, path, "negative", "write a number such as 1e-4" if key == "lr" else "write 0 or more")
+        elif key == "max_norm" and value <= 0:  # 0 is no clipping elsewhere; here it would leave no gradient
+            yield _message(node, path, "no norm to clip to", "write a number above 0, or null to measure only")
         elif key == "lr" and math.isinf(value):
             yield _message(node, path, "infinite", "write a number such as 1e-4")
         elif path.startswith("step_scheduler.") and key in _AT_LEAST_ONE and value < 1:
@@ -168,7 +170,7 @@ def _restore(calls: Calls, file: str) -> Iterator[str]:
         return
     folder = str(Path(folder).expanduser())
     there = sorted(p.name for p in Path(folder).glob("*/") if _is_checkpoint(p)) if Path(folder).is_dir() else []
-    named = [Path(wanted), Path(folder) / wanted]
+    named = [Path(wanted).expanduser(), Path(folder) / wanted]
     if any(_is_checkpoint(p) or any(map(_is_checkpoint, p.glob("*/"))) for p in named if p.is_dir()):
         return
     if wanted == "latest" or (wanted == "best" and there):

@@ -26,9 +26,11 @@ from nemo_automodel.errors import (
     EXIT_OK,
     EXIT_PREEMPTED,
     AutoModelError,
+    OutOfMemory,
     StoppedError,
     Terminated,
     causes,
+    first_line,
 )
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,12 @@ _BY_CODE = {
 _BY_KIND = {DIED: "rank_died", SILENT: "rank_silent", COLLECTIVE: "collective_failed"}
 _BROKEN = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out waiting")
 _GO_ON = "every rank was ended; what was saved before is intact: go on with --checkpoint.restore_from=latest"
+_LESS_MEMORY = (
+    "write one of these:\n"
+    "  step_scheduler.local_batch_size: half of it (the global batch and the order of the data stay the same)\n"
+    "  distributed.activation_checkpointing: full\n"
+    "  dataset.seq_length, or packed_sequence.packed_sequence_size where rows are packed: less (validation_dataset.seq_length, too)"
+)
 _NOTHING_YET = "before the first step: there was nothing to save; run the same command again"
 
 
@@ -62,11 +70,12 @@ def run_to_end(main: Callable[[Config], Any], cfg: Config) -> int:
     StopSignals(("SIGTERM", "SIGUSR1"))  # until the recipe's own take over
     try:
         result = main(cfg)
-    except BaseException as error:
+    except BaseException as raised:
+        error = _out_of_memory(raised) or raised
         own = _describe(error, rank, alone=ranks == 1)
         if ranks == 1:
             _write(directory, own)
-            raise
+            raise error
         _end_together(directory, error, own, rank)
     code = result if isinstance(result, int) else EXIT_OK
     if rank == 0:
@@ -101,6 +110,17 @@ def _report(directory: Path, first: Failure, rank: int) -> None:
     if first.exit_code == EXIT_FAULT and first.kind != SIGNAL:
         text += f"\n{_GO_ON}"
     print("error: " + text.replace("\n", "\n       "), file=sys.stderr, flush=True)
+
+
+def _out_of_memory(error: BaseException) -> OutOfMemory | None:
+    """What to tell the user where ``error``, or what it was raised from, is torch's of a full device."""
+    for cause in causes(error) if isinstance(error, Exception) else ():  # a signal stays one
+        if any(kind.__name__ == "OutOfMemoryError" for kind in type(cause).__mro__):  # torch's, not imported for this
+            what = ". ".join(first_line(cause).split(". ")[:3])  # how much was asked for, and what is free
+            told = OutOfMemory(f"{what}\n{_LESS_MEMORY}")
+            told.__cause__ = error
+            return told
+    return None
 
 
 def _describe(error: BaseException, rank: int, alone: bool) -> Failure:

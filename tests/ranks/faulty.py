@@ -9,6 +9,8 @@ import signal
 import sys
 import time
 
+import torch
+
 from nemo_automodel.components.checkpoint import publish
 from nemo_automodel.recipes.llm import finetune
 from nemo_automodel.recipes.run import run_recipe
@@ -65,7 +67,17 @@ def infinite(ce_sum):
     return ce_sum + float("inf")  # a loss that is not finite, with gradients that are
 
 
-FAULTS = {f.__name__: f for f in (error, leave, vanish, stop, hang, usr1, nan, infinite)}
+def memory(_):
+    try:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.25 GiB "
+            "is free. Including non-PyTorch memory, this process has 77.80 GiB memory in use. See documentation"
+        )
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError("in a wrapper") from error
+
+
+FAULTS = {f.__name__: f for f in (error, memory, leave, vanish, stop, hang, usr1, nan, infinite)}
 finetune.forward_loss = faulty
 
 

@@ -239,6 +239,27 @@ def test_49_skipping_a_bad_step_goes_on(tmp_path):
     assert "step 5: rank 1: loss nan" in (tmp_path / "bad.log").read_text()
 
 
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_full_device_is_one_message_that_says_what_to_write(tmp_path, nproc):
+    workspace = make_workspace(tmp_path)
+    with running(workspace, fault="memory", rank=nproc - 1, nproc=nproc, agent=False) as run:
+        codes, _ = run.end(240)
+    assert codes == [1] * nproc, run.output[-5000:]
+    (code, reason, _, _), message = run.status()
+    assert (code, reason) == (1, "error")
+    assert message.startswith(
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.25 GiB is free\n"
+    )
+    for key in (
+        "step_scheduler.local_batch_size: half",
+        "distributed.activation_checkpointing: full",
+        "  dataset.seq_length",
+        "packed_sequence.packed_sequence_size",
+    ):
+        assert run.output.count(key) == 1
+    assert "Traceback" not in run.output
+
+
 # --- slow, uneven, full ---------------------------------------------------------------------------------------------
 
 

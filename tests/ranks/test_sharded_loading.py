@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -164,6 +166,28 @@ def fresh(env: DistEnv, manager, out: Path) -> None:
             digests.append(f"{family} {adapter is not None} {sums.hexdigest()}")
     if env.is_main:
         out.write_text("\n".join(digests))
+
+
+def load_slowly(folder: str) -> None:
+    """Rank 1 opens its weights later than a collective may take; the audit hook is what sees a file opened."""
+    env = DistEnv(device="cpu", timeout_minutes=0.3)
+    slowed = []
+
+    def slow(event: str, args: tuple) -> None:
+        if event == "open" and str(args[0]).endswith(".safetensors") and not slowed:
+            slowed.append(args[0])
+            time.sleep(25)
+
+    if env.rank == 1:
+        sys.addaudithook(slow)
+    NeMoAutoModelForCausalLM.from_pretrained(folder, distributed=FSDP2Manager(env=env))
+    assert env.rank != 1 or slowed
+
+
+@pytest.mark.full
+def test_a_rank_whose_weights_come_late_trips_no_time_out(tmp_path):
+    AutoModelForCausalLM.from_config(tiny_config("llama")).save_pretrained(tmp_path)
+    on_ranks("tests.ranks.test_sharded_loading:load_slowly", 2, tmp_path)
 
 
 @pytest.mark.parametrize(("kind", "nproc"), [pytest.param("1d", 1, marks=pytest.mark.full), ("1d", 2), ("2d", 4)])

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from nemo_automodel.errors import CheckpointError
+from nemo_automodel.errors import CheckpointError, DataError
+from nemo_automodel.recipes.llm import finetune
 from tests.ranks.launch import ROOT, fork
 from tests.recipes.workspace import make_workspace
 
@@ -120,3 +122,29 @@ def test_resume_reads_no_pickle_of_the_users(tmp_path, monkeypatch):
     workspace.run(
         "--step_scheduler.ckpt_every_steps=6", "--checkpoint.restore_from=latest", "--step_scheduler.max_steps=12"
     )
+
+
+def validating(workspace, *cadence):
+    section = json.dumps(yaml.safe_load(workspace.recipe.read_text())["dataset"])
+    return [f"--validation_dataset={section}", *(f"--step_scheduler.{key}" for key in cadence)]
+
+
+def test_an_error_in_the_validation_loses_no_step(tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise DataError("validation_dataset: a bad image")
+
+    monkeypatch.setattr(finetune, "validate", fails)
+    workspace = make_workspace(tmp_path)
+    with pytest.raises(DataError, match="a bad image"):
+        workspace.run(*validating(workspace, "max_steps=6"))
+    assert [path.name for path in (tmp_path / "out").glob("epoch*")] == ["epoch_0_step_6"]
+    assert not (tmp_path / "out/BEST").exists()
+
+
+def test_best_is_the_best_of_all_that_are_saved(tmp_path, monkeypatch):
+    losses = iter([0.1, 1.0, 0.2, 2.0])  # of steps 2, 3, 4 and 5, the saved ones the second and the last
+    monkeypatch.setattr(finetune, "validate", lambda *args, **kwargs: next(losses))
+    workspace = make_workspace(tmp_path)
+    workspace.run(*validating(workspace, "max_steps=5", "val_every_steps=2", "ckpt_every_steps=3"))
+    assert next(losses, None) is None
+    assert (tmp_path / "out/BEST").read_text() == "epoch_0_step_3\n"

@@ -7,6 +7,7 @@ checkpoints/
     adapter/              with ``save_merged``: the adapter beside the merged weights
     resume/               what continues the run
     manifest.json         every file's size and SHA-256
+    val_loss.json         of one that was the best so far, known after it was saved
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import logging
 import math
 import shutil
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -36,6 +38,9 @@ from nemo_automodel.types import TrainState
 
 logger = logging.getLogger(__name__)
 
+VAL_LOSS = "val_loss.json"
+"""In a checkpoint that was found the best after it was saved: its loss. Not in the manifest, which was sealed before."""
+
 
 class Checkpointer:
     """Saves a run so that a kill at any moment costs nothing, and continues it exactly.
@@ -55,7 +60,8 @@ class Checkpointer:
             Default false.
         async_save: Training goes on once the state is copied to host memory (which must hold it: weights and
             optimizer, each rank its part); it is written and published meanwhile. The next save, and the end, wait for
-            it; what goes wrong with it is raised at the next step. Default false.
+            it; what goes wrong with it is raised at the next step, and an error elsewhere meanwhile loses it. Default
+            false.
 
     Attributes:
         stall_s: Seconds that the last save kept training waiting.
@@ -91,9 +97,13 @@ class Checkpointer:
         self.stall_s = 0.0
         self._run = uuid.uuid4().hex
         self._saved_step = 0  # the step whose state is on disk
+        self._saved_name: str | None = None  # where, in this run's own directory
         self._schedule: Any | None = None
         self._offered: tuple[int | None, float] | None = None  # step, validation loss
         self._best: tuple[float, str] | None = None  # validation loss, name
+        self._lock = threading.Lock()  # rank 0's, for the pointers and the two below: a save may be in the background
+        self._unpublished: str | None = None  # what is being written
+        self._late: tuple[float, str] | None = None  # that it is the best so far, heard meanwhile
 
     # --- saving ---------------------------------------------------------------------------------------------------
 
@@ -112,6 +122,7 @@ class Checkpointer:
         if self._background is not None:
             self._background.wait()  # for the one before
         schedule: Any = state.schedule
+        self._schedule = schedule
         name = f"epoch_{schedule.epoch}_step_{schedule.step}"
         best = self._takes_best(schedule.step, name)
         temporary = self._ranks.on_main(
@@ -133,11 +144,12 @@ class Checkpointer:
                 publish.seal(temporary, meta, ranks)
                 ranks.on_main(f"Publishing {name}", lambda: self._publish(temporary, name, best))
 
+        self._unpublished = name
         if self._background is None:
             complete(self._ranks)
         else:
             self._background.start(complete)
-        self._saved_step, self._best = schedule.step, best
+        self._saved_step, self._saved_name, self._best = schedule.step, name, best
         self.stall_s = time.perf_counter() - started
         logger.info("Checkpoint %s kept training waiting for %.2f s.", name, self.stall_s)
         return self.root / name
@@ -163,14 +175,22 @@ class Checkpointer:
         return {"run": self._run, "sequence": max(newest, 0) + 1}
 
     def _publish(self, temporary: Path, name: str, best: tuple[float, str] | None) -> None:
-        publish.publish(temporary, self.root / name, self._run)
-        publish.write_pointer(self.root, LATEST, name)
-        if best is not None and best[1] == name:
-            publish.write_pointer(self.root, BEST, name)
+        with self._lock:
+            publish.publish(temporary, self.root / name, self._run)
+            publish.write_pointer(self.root, LATEST, name)
+            late, self._late, self._unpublished = self._late, None, None
+            if best is not None and best[1] == name:
+                publish.write_pointer(self.root, BEST, name)
+            elif late is not None:
+                best = late
+                self._point_to_best(*late)
+            self._retain(best)
+
+    def _retain(self, best: tuple[float, str] | None) -> None:
+        """Remove this run's older checkpoints, but for those that are named."""
         if self.keep_last is None:
             return
         protected = {
-            name,
             publish.read_pointer(self.root, LATEST),
             best[1] if best else None,
             publish.read_pointer(self.root, BEST),
@@ -183,12 +203,34 @@ class Checkpointer:
     # --- the best -------------------------------------------------------------------------------------------------
 
     def offer_best(self, val_loss: float) -> None:
-        """Say that the weights of the running step have this validation loss; the next save of that step may be BEST.
+        """Say that the weights of the running step have this validation loss; every rank calls it, with the same.
 
-        A step that is validated but not saved cannot be: make ``val_every_steps`` a divisor of ``ckpt_every_steps``
-        or leave both out.
+        Its checkpoint may be BEST then: saved already, or by the next save. A step that is never saved cannot be.
+
+        Raises:
+            CheckpointError: It could not be written that the checkpoint is the best.
         """
-        self._offered = (None if self._schedule is None else self._schedule.step, float(val_loss))
+        schedule = self._schedule
+        self._offered = (None if schedule is None else schedule.step, float(val_loss))
+        name = self._saved_name
+        if not self.enabled or schedule is None or name is None or schedule.step != self._saved_step:
+            return
+        best = self._takes_best(schedule.step, name)
+        if best is not None and best is not self._best:
+            self._ranks.on_main(f"Making {name} the best", lambda: self._make_best(*best))
+            self._best = best
+
+    def _make_best(self, val_loss: float, name: str) -> None:
+        with self._lock:
+            if self._unpublished == name:
+                self._late = (val_loss, name)  # what publishes it sees to it
+            else:
+                self._point_to_best(val_loss, name)
+                self._retain((val_loss, name))
+
+    def _point_to_best(self, val_loss: float, name: str) -> None:
+        publish.write_text(self.root / name / VAL_LOSS, json.dumps(val_loss))
+        publish.write_pointer(self.root, BEST, name)
 
     def _takes_best(self, step: int, name: str) -> tuple[float, str] | None:
         """The best so far (loss, name), this checkpoint included."""
@@ -225,12 +267,12 @@ class Checkpointer:
         saved = self._ranks.together(f"Reading {directory}", lambda: read_state(directory))
         self._check(found, saved["fingerprint"], state)
         load_resume(state, directory, self._ranks)
-        self._saved_step = found.step
-        self._best = (saved["best"][0], saved["best"][1]) if saved.get("best") else None
-        if found.path.parent.resolve() == self.root.resolve():
-            self._run = found.run
-        else:
-            self._saved_step, self._best = 0, None  # nothing of this run is in its own directory yet
+        if found.path.parent.resolve() == self.root.resolve():  # else nothing of this run is in its own directory yet
+            self._run, self._saved_step, self._saved_name = found.run, found.step, found.name
+            self._best = (saved["best"][0], saved["best"][1]) if saved.get("best") else None
+            own = self._ranks.on_main(f"Reading {VAL_LOSS}", lambda: _read_val_loss(found.path))
+            if own is not None:
+                self._best = (own, found.name)
         self._ranks.on_main("Repairing the pointers", lambda: self._repair_pointers(found))
         logger.info("Resumed from %s", found.path)
         return True
@@ -321,27 +363,40 @@ class Checkpointer:
 
     # --- the end --------------------------------------------------------------------------------------------------
 
-    def finish(self, state: TrainState) -> None:
-        """Save the last step if it has no checkpoint; print where the result is and how it is served, or continued."""
+    def finish(self, state: TrainState) -> Path | None:
+        """Save the last step if it has no checkpoint; print where the result is and how it is served, or continued.
+
+        Returns:
+            The checkpoint of that step; None where there is none, since saving is off or no step was done.
+        """
         schedule: Any = state.schedule
         stopped = schedule.step < getattr(schedule, "total_steps", 0)
-        if not self.enabled:
-            if stopped and self._ranks.is_main:
-                print(f"stopped at step {schedule.step} of {schedule.total_steps}; checkpoint.enabled=false, not saved")
-            return
-        if schedule.step > self._saved_step:
+        if self.enabled and schedule.step > self._saved_step:
             self.save(state)
         if self._background is not None:
             self._background.wait()
-        name = publish.read_pointer(self.root, LATEST)
-        if not self._ranks.is_main or name is None:
-            return
-        print(serving_advice(self.root / name))
+        name = self._saved_name if self.enabled else None
+        path = None if name is None else self.root / name
+        if not self._ranks.is_main:
+            return path
+        if path is not None:
+            print(serving_advice(path))
         if stopped:
-            print(
-                f"stopped at step {schedule.step} of {schedule.total_steps}, saved in {self.root / name}\n"
-                "to go on, run the same command with --checkpoint.restore_from=latest"
-            )
+            print(f"stopped at step {schedule.step} of {schedule.total_steps}{self._how_to_go_on(path)}")
+        return path
+
+    def _how_to_go_on(self, path: Path | None) -> str:
+        if path is None:
+            return "; nothing was saved" if self.enabled else "; checkpoint.enabled=false, not saved"
+        asked = "latest" if publish.read_pointer(self.root, LATEST) == path.name else path.name
+        return f", saved in {path}\nto go on, run the same command with --checkpoint.restore_from={asked}"
+
+
+def _read_val_loss(directory: Path) -> float | None:
+    try:
+        return float(json.loads((directory / VAL_LOSS).read_text()))
+    except (OSError, ValueError, TypeError):  # without it the checkpoint is sound, and one of many
+        return None
 
 
 def _check_writable(root: Path) -> None:

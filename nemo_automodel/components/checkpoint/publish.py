@@ -229,10 +229,15 @@ def remove(found: Found) -> None:
 
 def write_pointer(root: Path, pointer: str, target: str) -> None:
     """Make the text file ``root/pointer`` name ``target``, atomically."""
-    temporary = root / f"{_TMP}{pointer}"
-    _write_text(temporary, target + "\n")
-    temporary.replace(root / pointer)
-    fsync(root)
+    write_text(root / pointer, target + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Make ``path`` a file that holds ``text``, atomically."""
+    temporary = path.with_name(f"{_TMP}{path.name}")
+    _write_text(temporary, text)
+    temporary.replace(path)
+    fsync(path.parent)
 
 
 def read_pointer(root: Path, pointer: str) -> str | None:

@@ -39,7 +39,7 @@ class DDPManager(MeshManager):
         require_mode(activation_checkpointing)
         world_size, device = place(env)
         dp = data_parallel_size(world_size, dp_size, tp_size=1, cp_size=1)
-        super().__init__(MeshSizes(dp_replicate=dp, dp_shard=1, cp=1, tp=1), device)
+        super().__init__(MeshSizes(dp_replicate=dp, dp_shard=1, cp=1, tp=1), device, env)
         self.activation_checkpointing = activation_checkpointing
         self.reshards = False
 

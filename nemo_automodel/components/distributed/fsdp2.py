@@ -101,7 +101,7 @@ class FSDP2Manager(MeshManager):
         dp = data_parallel_size(world_size, dp_size, tp_size, cp_size)
         copies, shards = replicas(dp, dp_replicate_size)
         require_expert_ranks(ep_size, shards * cp_size, tp_size)
-        super().__init__(MeshSizes(copies, shards, cp=cp_size, tp=tp_size, ep=ep_size), device)
+        super().__init__(MeshSizes(copies, shards, cp=cp_size, tp=tp_size, ep=ep_size), device, env)
         self.sequence_parallel = sequence_parallel
         self.activation_checkpointing = activation_checkpointing
         self.reshard_after_forward = reshard_after_forward

@@ -14,7 +14,7 @@ class GradClipper:
     """Scales all gradients so that their global L2 norm is at most ``max_norm``.
 
     Args:
-        max_norm: Upper bound of the norm over every parameter on every rank. Default 1.0; null only measures it.
+        max_norm: Upper bound of the norm over every parameter on every rank, above 0. Default 1.0; null only measures it.
         optimizer: What steps with these gradients (given by the recipe). One that can divide them by itself (torch's fused
             ones and ours: the ``grad_scale`` of mixed-precision training) is told by how much, and no pass over them is
             made for it: they stay unclipped in ``.grad``. None: they are clipped in place, as float64 ones always are.

@@ -57,8 +57,8 @@ class MeshManager:
     takes_meta = True
     offload = False
 
-    def __init__(self, sizes: MeshSizes, device: torch.device):
-        self.device, self.sizes = device, sizes
+    def __init__(self, sizes: MeshSizes, device: torch.device, env: DistEnv | None = None):
+        self.device, self.sizes, self._env = device, sizes, env
         weights = (sizes.dp_replicate, sizes.dp_shard * sizes.cp, sizes.tp)
         self.mesh = init_device_mesh(device.type, weights, mesh_dim_names=("dp_replicate", "dp_shard_cp", "tp"))
         data = init_device_mesh(device.type, (sizes.dp, sizes.cp, sizes.tp), mesh_dim_names=("dp", "cp", "tp"))
@@ -73,6 +73,11 @@ class MeshManager:
         self.cp_mesh: DeviceMesh = data["cp"]
         self._loss_mesh: DeviceMesh = of_loss["dp_cp"]
         self.dp_rank, self.dp_size = data["dp"].get_local_rank(), sizes.dp
+
+    def wait_for_all(self) -> None:
+        """Wait on the host until every rank is here, however long one takes (to download); needs the environment."""
+        if self._env is not None:
+            self._env.barrier()
 
     def shard_batch(self, batch: Batch) -> Batch:
         """This rank's part of a micro-batch that it shares with its context-parallel ranks; the whole without them."""

@@ -66,7 +66,7 @@ class Loggers:
         self.env = env
         self.config = config
         self.schedule = schedule
-        self.output_dir = Path(output_dir or _checkpoint_dir(config))
+        self.output_dir = Path(output_dir or _checkpoint_dir(config)).expanduser()
         self.progress = progress
         self._wanted: dict[str, dict[str, Any]] = {}
         for extra, options in {"tensorboard": tensorboard, "wandb": wandb, "mlflow": mlflow}.items():

@@ -69,7 +69,7 @@ class NonFiniteGuard:
         self._unread: _Step | None = None
 
     def protect(self, state: TrainState, save: Callable[[TrainState], Any]) -> None:
-        """Say what is trained, after it is restored, and how to save it when a run has to stop."""
+        """Say what is trained, after it is restored, and how to save it when a run has to stop (returns where, if it is)."""
         self._state, self._save = state, save
         self._schedule_before = copy.deepcopy(state.schedule.state_dict())
         optimizer = state.optimizer
@@ -151,12 +151,12 @@ class NonFiniteGuard:
         for group, before in zip(state.optimizer.param_groups, step.groups, strict=True):
             group.update(before)
         state.optimizer.zero_grad()
-        self._save(state)
+        kept = self._save(state)
         times = f", as in the {self._in_a_row - 1} step(s) before it" if self._in_a_row > 1 else ""
         raise NonFiniteError(
-            f"{text}{times}; no weight was changed and the state before it is kept. Look at those rows; go on with a lower "
-            "clip_grad_norm.max_norm, or with non_finite.policy: skip to leave such steps out; or start anew with a lower "
-            "optimizer.lr"
+            f"{text}{times}; no weight was changed{f' and the state before it is in {kept}' if kept else ''}. Look at "
+            "those rows; train with a lower clip_grad_norm.max_norm, or with non_finite.policy: skip to leave such steps "
+            "out; or start anew with a lower optimizer.lr"
         )
 
     def _where(self, step: _Step) -> str:

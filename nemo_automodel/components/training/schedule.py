@@ -19,7 +19,8 @@ class StepScheduler:
         num_epochs: Passes over the data. Default 1, or as many as ``max_steps`` needs where that is given.
         max_steps: Stop after this many optimizer steps. Default: when the epochs end.
         ckpt_every_steps: Save every so many steps, and at the last. Default: at the end of each epoch.
-        val_every_steps: Validate every so many steps, and at the last. Default: at the end of each epoch.
+        val_every_steps: Validate every so many steps, at the last, and wherever a checkpoint is saved, so that BEST names
+            the best of them all. Default: at the end of each epoch.
         log_every_steps: Write metrics every so many steps, and at the first and last. Default 1.
         dp_size: Data-parallel ranks (given by the recipe).
 
@@ -126,7 +127,7 @@ class StepScheduler:
     @property
     def should_validate(self) -> bool:
         """Whether validation follows the running step."""
-        return self._due(self.val_every_steps)
+        return self._due(self.val_every_steps) or self.should_save
 
     @property
     def should_save(self) -> bool:

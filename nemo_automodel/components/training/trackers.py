@@ -50,7 +50,7 @@ class TensorBoardTracker:
 
         purge_step = first_step + 1 if first_step else None
         arguments = {"log_dir": str(run_dir / "tensorboard"), "purge_step": purge_step} | dict(options)
-        self._writer: Any = SummaryWriter(**arguments)
+        self._writer: Any = SummaryWriter(**arguments | {"log_dir": str(Path(arguments["log_dir"]).expanduser())})
         for name, value in flatten(config).items():
             self._writer.add_text(f"config/{name}", str(value), first_step)
 

@@ -129,13 +129,13 @@ def main(cfg: Config) -> int:
             log.train_step(mean_loss, grad_norm, lr, num_tokens, num_label_tokens, num_images)
         if schedule.should_validate or schedule.should_save:
             guard.settle()  # nothing is kept of a step that is not known to be sound
+        if schedule.should_save:  # before the validation, so that an error in that loses nothing
+            log.checkpoint(checkpointer.save(state))
         if val_loader is not None and schedule.should_validate:
             val_loss = validate(model, val_loader, loss_fn, dist, stop=env.stop_requested)
             if val_loss is not None:
                 log.validation(val_loss=val_loss)
                 checkpointer.offer_best(val_loss)
-        if schedule.should_save:
-            log.checkpoint(checkpointer.save(state))
         if env.stop_requested(schedule.step):  # a signal, on whichever rank
             break
 

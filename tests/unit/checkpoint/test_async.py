@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -84,6 +85,26 @@ def test_12_a_second_save_waits_for_the_first(tmp_path):
     for path in paths:
         assert files(path) == files(tmp_path / "sync" / path.name)
     assert [found.step for found in publish.find_checkpoints(tmp_path / "async")] == [6, 5, 4, 3, 2]
+
+
+def test_best_never_names_what_is_not_published(tmp_path, monkeypatch):
+    """Validated while it is written, and after it was."""
+    written, seal = threading.Event(), publish.seal
+    monkeypatch.setattr(publish, "seal", lambda *args: (written.wait(60), seal(*args)))
+    state = run("full")
+    checkpointer = Checkpointer(None, str(tmp_path), keep_last=1, async_save=True)
+    checkpointer.save(state)
+    checkpointer.offer_best(1.0)
+    assert publish.read_pointer(tmp_path, "BEST") is None
+    assert not (tmp_path / "BEST").exists()
+    written.set()
+    train(state, 1)
+    checkpointer.save(state)
+    assert publish.read_pointer(tmp_path, "BEST") == "epoch_0_step_2"
+    checkpointer._background.wait()
+    checkpointer.offer_best(0.5)
+    assert publish.read_pointer(tmp_path, "BEST") == "epoch_0_step_3"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["BEST", "LATEST", "epoch_0_step_3"]
 
 
 FULL_DISK = """

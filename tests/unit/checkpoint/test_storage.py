@@ -304,6 +304,97 @@ def test_a_validation_of_another_step_does_not_make_the_best(tmp_path):
     assert not (tmp_path / "BEST").exists()
 
 
+def names(root):
+    return sorted(path.name for path in root.glob("epoch*"))
+
+
+def test_a_step_that_is_validated_after_its_save_is_the_best(tmp_path):
+    state = make_state()
+    checkpointer = Checkpointer(None, str(tmp_path), keep_last=1)
+    checkpointer.restore(state)
+    for loss, best, kept in ((3.0, 1, [1]), (1.0, 2, [2]), (2.0, 2, [2, 3]), (float("nan"), 2, [2, 4]), (0.5, 5, [5])):
+        train(state, 1)
+        checkpointer.save(state)
+        checkpointer.offer_best(loss)
+        assert (tmp_path / "BEST").read_text() == f"epoch_0_step_{best}\n"
+        assert names(tmp_path) == [f"epoch_0_step_{step}" for step in kept]
+    assert publish.damage(tmp_path / "epoch_0_step_5", Ranks(None)) == []
+    assert resumed_step(tmp_path, "best")[0] == 5
+    # what was best is remembered across a resume, whichever checkpoint knows it
+    for loss, best in ((0.7, 5), (0.4, 7)):
+        checkpointer = Checkpointer(None, str(tmp_path), restore_from="latest", keep_last=1)
+        state = make_state(seed=3)
+        state.fingerprint = make_state().fingerprint
+        checkpointer.restore(state)
+        train(state, 1)
+        checkpointer.save(state)
+        checkpointer.offer_best(loss)
+        assert (tmp_path / "BEST").read_text() == f"epoch_0_step_{best}\n"
+
+
+def test_a_kill_between_a_save_and_the_end_of_its_validation_leaves_the_best_before(tmp_path):
+    state = make_state()
+    checkpointer = Checkpointer(None, str(tmp_path))
+    checkpointer.restore(state)
+    for loss in (2.0, 1.0, None):
+        train(state, 1)
+        checkpointer.save(state)
+        if loss is not None:
+            checkpointer.offer_best(loss)
+    (tmp_path / "BEST").write_text("epoch_0_step_1\n")  # killed before the pointer, after the loss
+    assert resumed_step(tmp_path)[0] == 3
+    assert (tmp_path / "BEST").read_text() == "epoch_0_step_2\n"
+
+
+def test_going_back_forgets_a_best_that_comes_later(tmp_path):
+    """Its checkpoint will be written anew, by weights of another loss."""
+    state = make_state()
+    checkpointer = Checkpointer(None, str(tmp_path), keep_last=None)
+    checkpointer.restore(state)
+    for loss in (3.0, 2.0, 1.0):
+        train(state, 1)
+        checkpointer.save(state)
+        checkpointer.offer_best(loss)
+    again, state = Checkpointer(None, str(tmp_path), restore_from="epoch_0_step_2"), make_state()
+    again.restore(state)
+    assert (tmp_path / "BEST").read_text() == "epoch_0_step_2\n"
+    train(state, 1)
+    again.save(state)
+    again.offer_best(2.5)
+    assert (tmp_path / "BEST").read_text() == "epoch_0_step_2\n"
+    assert not (tmp_path / "epoch_0_step_3" / "val_loss.json").exists()
+
+
+def test_a_best_that_cannot_be_written_is_an_error(tmp_path):
+    state = make_state()
+    checkpointer = Checkpointer(None, str(tmp_path))
+    checkpointer.restore(state)
+    train(state, 1)
+    checkpointer.save(state)
+    (tmp_path / "BEST").mkdir()
+    with pytest.raises(CheckpointError, match=r"Making epoch_0_step_1 the best failed.*BEST"):
+        checkpointer.offer_best(1.0)
+
+
+def test_a_run_that_saved_nothing_does_not_name_what_an_earlier_one_saved(root, capsys):
+    state = make_state()
+    checkpointer = Checkpointer(None, str(root))
+    checkpointer.restore(state)
+    assert checkpointer.finish(state) is None
+    assert capsys.readouterr().out == "stopped at step 0 of 100; nothing was saved\n"
+
+
+def test_a_run_that_went_back_names_the_checkpoint_it_stands_at(root, capsys):
+    earlier = names(root)[0]
+    checkpointer, state = Checkpointer(None, str(root), restore_from=earlier), make_state()
+    checkpointer.restore(state)
+    assert checkpointer.finish(state) == root / earlier
+    out = capsys.readouterr().out
+    assert (
+        f"saved in {root / earlier}\nto go on, run the same command with --checkpoint.restore_from={earlier}\n" in out
+    )
+
+
 def test_5_a_kill_before_the_pointers_is_repaired(tmp_path):
     state = make_state()
     checkpointer = Checkpointer(None, str(tmp_path))

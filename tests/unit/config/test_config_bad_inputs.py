@@ -75,6 +75,8 @@ def test_base_is_good(recipe):
         ("optimizer:\n  lr: .nan", r":6 optimizer\.lr=\.nan: not a number; write a number such as 1e-4"),
         ("optimizer:\n  lr: -1e-4", r":6 optimizer\.lr=-1e-4: negative"),
         ("optimizer:\n  lr: .inf", r":6 optimizer\.lr=\.inf: infinite"),
+        ("clip_grad_norm:\n  max_norm: 0", r":6 clip_grad_norm\.max_norm=0: no norm to clip to; write a number above 0, or null to measure only"),
+        ("clip_grad_norm:\n  max_norm: -1.0", r":6 clip_grad_norm\.max_norm=-1\.0: no norm to clip to"),
         ("optimizer:\n  betas: [0.9, .nan]", r":6 optimizer\.betas\.1=\.nan: not a number"),
         ("step_scheduler:\n  max_steps: 0", r":6 step_scheduler\.max_steps=0: must be at least 1"),
         ("step_scheduler:\n  ckpt_every_steps: 0", r":6 step_scheduler\.ckpt_every_steps=0: must be at least 1"),

@@ -111,3 +111,11 @@ def test_addresses_and_interfaces():
         taken.listen()
         assert not can_listen("127.0.0.1", taken.getsockname()[1])
     assert can_listen("localhost", 0)
+
+
+def test_the_exit_status_of_a_run_in_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    status = ExitStatus("~/out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "exit_status.json").write_text('{"exit_code": 75}')
+    assert status.read() == {"exit_code": 75}

@@ -317,3 +317,16 @@ def test_generate_returns_what_return_dict_in_generate_asks_for(tmp_path):
     out = model.generate(["Hi"], max_new_tokens=2, return_dict_in_generate=True, output_scores=True)
     assert len(out.scores) == 2
     assert out.sequences.shape[0] == 1
+
+
+def test_a_tilde_is_the_home_directory(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(checkpoint.parent))
+    name = f"~/{checkpoint.name}"
+    assert NeMoAutoModelForCausalLM.from_pretrained(name).name_or_path == str(checkpoint)
+    assert isinstance(NeMoAutoModelForCausalLM.from_config(name), LlamaForCausalLM)
+
+
+def test_a_directory_that_is_not_there_says_from_where_it_was_looked_for(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=rf"model \./x: no such local directory \(relative to {tmp_path}\)"):
+        NeMoAutoModelForCausalLM.from_pretrained("./x")

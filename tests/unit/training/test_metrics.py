@@ -235,3 +235,10 @@ def test_peak_memory_never_falls():
     during = peak_memory_gib(torch.device("cpu"))
     del block
     assert before <= during <= peak_memory_gib(torch.device("cpu"))
+
+
+def test_a_tilde_is_the_home_directory(env, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = types.SimpleNamespace(checkpoint=types.SimpleNamespace(checkpoint_dir="~/runs/a"))
+    assert Loggers(env, config, StepScheduler()).output_dir == tmp_path / "runs/a"
+    assert Loggers(env, config, StepScheduler(), output_dir="~/logs").output_dir == tmp_path / "logs"

@@ -159,3 +159,11 @@ def test_bad_settings_say_what_to_write():
         NonFiniteGuard(policy="ignore")
     with pytest.raises(ConfigError, match="max_skipped=0"):
         NonFiniteGuard(max_skipped=0)
+
+
+@pytest.mark.parametrize(("kept", "said"), [(None, "no weight was changed. "), ("out/x", "before it is in out/x. ")])
+def test_the_error_says_what_is_kept(kept, said):
+    run = Run(False, bad_steps=(1,))
+    run.guard.protect(run.state, save=lambda state: kept)
+    with pytest.raises(NonFiniteError, match=said):
+        run.train(1)

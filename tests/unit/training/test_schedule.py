@@ -71,6 +71,17 @@ def test_cadence_defaults_to_epoch_ends():
     assert [t[0] for t in run(schedule, loader) if t[3]] == [3, 6]
 
 
+def test_what_is_saved_is_validated():
+    schedule = StepScheduler(8, 8, max_steps=10, val_every_steps=3, ckpt_every_steps=5)
+    schedule.plan(CountingLoader([10]))
+    due = [
+        (schedule.step, schedule.should_save)
+        for _ in schedule.iterate(CountingLoader([10]))
+        if schedule.should_validate
+    ]
+    assert due == [(3, False), (5, True), (6, False), (9, False), (10, True)]
+
+
 def test_indivisible_batch_names_the_numbers():
     with pytest.raises(ConfigError, match=r"global_batch_size=10.*4 x 2.*= 8.*write global_batch_size: 8"):
         StepScheduler(global_batch_size=10, local_batch_size=4, dp_size=2)
