@@ -71,14 +71,6 @@ def bos_ids(tokenizer: Any) -> list[int]:
     return []
 
 
-def template_renders_bos(tokenizer: Any) -> bool:
-    """Whether the chat template writes the BOS itself, so that tokenising its text must not add a second one."""
-    if not tokenizer.chat_template or not tokenizer.bos_token:
-        return False
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-    return text.startswith(tokenizer.bos_token)
-
-
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """A hash of everything that decides which ids a text becomes: vocabulary, added tokens, specials, template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

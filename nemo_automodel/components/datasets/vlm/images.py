@@ -6,7 +6,6 @@ import base64
 import binascii
 import io
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +120,3 @@ def _name(image: Any) -> str:
     if isinstance(image, dict):
         image = image.get("path")
     return f"image {image[:120]}" if isinstance(image, str) and not image.startswith("data:") else "an image"
-
-
-Picture = Callable[[], Image.Image]
