@@ -52,7 +52,7 @@ def encode(tokenizer: Any, rows: Sequence[Rendered]) -> list[tuple[list[int], li
     encoded = []
     for row, ids, offsets in zip(rows, ids_of, offsets_of, strict=True):
         trained = trained_tokens(offsets, row.spans)
-        if not row.complete:
+        if not row.complete and row.spans:  # a row with nothing to learn stays so
             if front and ids[: len(front)] != front:
                 ids, trained = front + ids, [False] * len(front) + trained
             ids, trained = _with_eos(tokenizer, ids, trained)
