@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from nemo_automodel.components.datasets import tokenized
+from nemo_automodel.components.datasets import sources, tokenized
 from nemo_automodel.components.datasets.llm.chat import make_chat_dataset
 from nemo_automodel.components.datasets.llm.column_mapped import make_instruction_dataset
 from nemo_automodel.components.datasets.llm.hellaswag import make_hellaswag_dataset
@@ -196,6 +196,19 @@ def test_processes_give_the_same_rows(tmp_path, cache) -> None:
     two = make_instruction_dataset(tokenizer, path, use_chat_template=True, num_proc=2)
     assert [one[i] for i in range(9)] == [two[i] for i in range(9)]
     assert one.fingerprint == two.fingerprint
+
+
+def test_what_several_processes_cached_is_read_if_it_is_all_there(tmp_path, cache, monkeypatch) -> None:
+    path, tokenizer = qa(tmp_path / "a.jsonl", 9), make_tokenizer()
+    first = make_instruction_dataset(tokenizer, path, num_proc=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(sources, "_rows_of", None)  # would fail if called
+        again = make_instruction_dataset(tokenizer, path)
+    part, _ = sorted((cache / "nemo_automodel").glob("*_of_00002.arrow"))
+    part.unlink()
+    made_again = make_instruction_dataset(tokenizer, path)
+    for data in (again, made_again):
+        assert [data[i] for i in range(9)] == [first[i] for i in range(9)]
 
 
 def test_hellaswag(tmp_path) -> None:
