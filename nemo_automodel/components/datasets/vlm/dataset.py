@@ -77,14 +77,14 @@ class VisionDataset:
 
     def __init__(
         self,
-        source: Source,
+        raw: datasets.Dataset,
         table: datasets.Dataset,
         kept: np.ndarray,
         rows: Rows,
         stats: VisionStats,
         fingerprint: str,
     ) -> None:
-        self._source, self._table, self._kept, self._rows = source, table, kept, rows
+        self._raw, self._table, self._kept, self._rows = raw, table, kept, rows
         self.stats, self.fingerprint = stats, fingerprint
         self.lengths = np.asarray(table.with_format("numpy")["length"][:])[kept]
 
@@ -95,7 +95,7 @@ class VisionDataset:
         at = self.source_row(index)
         stored = self._table[at]
         rendered = Rendered(stored["text"], tuple(zip(stored["spans"][::2], stored["spans"][1::2], strict=True)))
-        return self._rows.sample(self._source.dataset[at], at, rendered, stored["length"])
+        return self._rows.sample(self._raw[at], at, rendered, stored["length"])
 
     def source_row(self, index: int) -> int:
         """Which row of the source sample ``index`` was made from."""
@@ -149,7 +149,7 @@ def build(
     _check(stats, source.name, seq_length, columns)
     # By what the images were measured to be, not by where and how old they are: a dataset may be moved.
     measured = hashlib.sha256(fingerprint.encode() + columns["length"].tobytes() + kept.tobytes()).hexdigest()[:32]
-    return VisionDataset(source, table, kept, rows, stats, measured)
+    return VisionDataset(raw, table, kept, rows, stats, measured)
 
 
 def _state_of_images(source: Source, reads: Read, num_proc: int | None) -> str:
