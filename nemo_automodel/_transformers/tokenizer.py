@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from nemo_automodel.components.datasets.rendering import template_renders_bos
 from nemo_automodel.errors import ModelError
 from nemo_automodel.hub import explain, patiently
 
@@ -163,4 +162,4 @@ def choose_pad(tokenizer: Any, name: str) -> None:
     )
 
 
-__all__ = ["chat_template_of", "choose_pad", "load_tokenizer", "template_renders_bos"]
+__all__ = ["chat_template_of", "choose_pad", "load_tokenizer"]

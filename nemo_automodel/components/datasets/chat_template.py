@@ -60,7 +60,8 @@ class ChatRenderer:
         """The whole conversation, and the characters of it that are trained on.
 
         Raises:
-            DataError: the template refuses the conversation, or where a turn begins cannot be told; names ``where``.
+            DataError: the template refuses the conversation, a weight is neither 0 nor 1, or where a turn begins cannot
+                be told; names ``where``.
         """
         text = self._render(messages, tools, where)
         if self.train_on == "all":
@@ -76,7 +77,7 @@ class ChatRenderer:
         kept = [
             span
             for span, turn in zip(spans, turns, strict=True)
-            if turn in wanted and messages[turn].get("weight") != 0
+            if _is_learned(messages[turn], where) and turn in wanted
         ]
         return Rendered(text, tuple(kept), complete=True)
 
@@ -176,6 +177,16 @@ class ChatRenderer:
             self._warned = True
             logger.warning("the chat template ends an assistant turn without a stop token: the model may never stop")
         return span
+
+
+def _is_learned(message: Message, where: str) -> bool:
+    """Whether the row does not say ``weight: 0``, or ``train: false`` as axolotl writes it."""
+    for key in ("weight", "train"):
+        if message.get(key) not in (0, 1, None):  # True and False among them
+            raise DataError(
+                f"{where}: {key} of a message must be 1 (learned) or 0 (shown but not learned), got {message[key]!r}"
+            )
+    return message.get("weight") != 0 and message.get("train") != 0
 
 
 def question_renderer(tokenizer: Any, answer_only_loss: bool) -> ChatRenderer:

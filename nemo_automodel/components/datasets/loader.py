@@ -8,6 +8,7 @@ number of ranks or workers, or another micro-batch size, sees the same global ba
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -220,6 +221,11 @@ class _MicroBatches:
         self.dataset, self.size, self.multiple = dataset, size, multiple
         self.vocab_size = len(tokenizer) if tokenizer is not None else None
         self.pad_id = getattr(tokenizer, "pad_token_id", None) or 0
+        # Looked for without being made, which takes time, and in which an AttributeError would read as its absence.
+        missing = object()
+        self.has_filler = inspect.getattr_static(dataset, "filler", missing) is not missing or hasattr(
+            dataset, "filler"
+        )
 
     def __getitem__(self, items: list[Any]) -> Batch | AutoModelError:
         try:
@@ -238,7 +244,11 @@ class _MicroBatches:
             return error
 
     def _sees(self, samples: Sequence[Sample]) -> bool:
-        return hasattr(self.dataset, "filler") or any("vision" in sample for sample in samples)
+        return self.has_filler or any("vision" in sample for sample in samples)
+
+    def _filler(self, num_images: int) -> Sample | None:
+        """A masked row with an image, for a micro-batch without one."""
+        return self.dataset.filler if self.has_filler and not num_images else None
 
     def _packed(self, packs: list[list[int]], ids: list[int]) -> Batch:
         """Packs of whole rows; those of one without any image get a masked document that has one, as padded rows do."""
@@ -248,7 +258,7 @@ class _MicroBatches:
             return collate_packed(rows, ids, self.size, self.pad_id)
         vision = [[samples[index].get("vision", _NO_IMAGES) for index in documents] for documents in packs]
         num_images = sum(inputs.num_images for documents in vision for inputs in documents)
-        filler = None if num_images else getattr(self.dataset, "filler", None)
+        filler = self._filler(num_images)
         if filler is not None:
             used = [sum(len(row_ids) for row_ids, _ in documents) for documents in rows]
             emptiest = used.index(min(used))
@@ -267,7 +277,7 @@ class _MicroBatches:
         """
         vision = [sample.get("vision", _NO_IMAGES) for sample in samples]
         num_images = sum(inputs.num_images for inputs in vision)
-        filler = None if num_images else getattr(self.dataset, "filler", None)
+        filler = self._filler(num_images)
         if filler is not None:
             rows = [*rows, self._checked(FILLER, filler)]
             vision.append(filler["vision"])

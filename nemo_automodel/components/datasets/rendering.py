@@ -52,7 +52,7 @@ def encode(tokenizer: Any, rows: Sequence[Rendered]) -> list[tuple[list[int], li
     encoded = []
     for row, ids, offsets in zip(rows, ids_of, offsets_of, strict=True):
         trained = trained_tokens(offsets, row.spans)
-        if not row.complete:
+        if not row.complete and row.spans:  # a row with nothing to learn stays so
             if front and ids[: len(front)] != front:
                 ids, trained = front + ids, [False] * len(front) + trained
             ids, trained = _with_eos(tokenizer, ids, trained)
@@ -69,14 +69,6 @@ def bos_ids(tokenizer: Any) -> list[int]:
         if dressed[start : start + len(bare)] == bare:
             return list(dressed[:start])
     return []
-
-
-def template_renders_bos(tokenizer: Any) -> bool:
-    """Whether the chat template writes the BOS itself, so that tokenising its text must not add a second one."""
-    if not tokenizer.chat_template or not tokenizer.bos_token:
-        return False
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-    return text.startswith(tokenizer.bos_token)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import csv
 import glob
 import hashlib
-import io
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import datasets
 import pyarrow as pa
@@ -26,6 +26,8 @@ from nemo_automodel.hub import explain, patiently
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _SPLIT_WORDS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+_NOT_ROWS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "config.json")  # as ``datasets`` has it
+_CHUNK = 2**22  # characters of rows that wait as Python strings, about
 _TEXT, _WHERE = "__json__", "__where__"  # columns of a dataset that holds rows as text
 
 
@@ -34,14 +36,21 @@ class Source:
     """Rows to be read, and what identifies them.
 
     Args:
-        dataset: an Arrow table of rows; read a row of it with ``read``.
+        load: makes the Arrow table of rows, when they are first asked for: what identifies them is known without.
         name: the path or Hub ID, as the user wrote it.
         identity: changes whenever the content does (file hashes, or the Hub's commit).
+        files: the local files that rows are read from, absolute; where they lie is no part of ``identity``.
     """
 
-    dataset: datasets.Dataset
+    load: Callable[[], datasets.Dataset]
     name: str
     identity: str
+    files: tuple[str, ...] = ()
+
+    @cached_property
+    def dataset(self) -> datasets.Dataset:
+        """The rows, of which there is at least one; read a row with ``read``."""
+        return self.load()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -52,11 +61,15 @@ class Source:
 
     def take(self, limit: int | None) -> Source:
         """The first ``limit`` rows (all of them for None)."""
-        if limit is None or limit >= len(self.dataset):
+        if limit is None:
             return self
         if limit < 1:
             raise DataError(f"limit_dataset_samples={limit}: must be at least 1")
-        return Source(self.dataset.select(range(limit)), self.name, f"{self.identity}[:{limit}]")
+        return replace(self, load=lambda: _first(self.dataset, limit), identity=f"{self.identity}[:{limit}]")
+
+
+def _first(dataset: datasets.Dataset, limit: int) -> datasets.Dataset:
+    return dataset.select(range(min(limit, len(dataset))))
 
 
 def read(raw: dict[str, Any], index: int, name: str) -> tuple[dict[str, Any], str]:
@@ -101,7 +114,8 @@ def open_source(
         revision: branch, tag or commit of a Hub dataset.
 
     Raises:
-        DataError: nothing there, an unreadable file, an absent split, no rows, or the Hub refuses.
+        DataError: nothing there, an unreadable file, an absent split, or the Hub refuses; once rows are asked for: no
+            rows, or a file that is not what its name says.
     """
     paths = [path_or_dataset_id] if isinstance(path_or_dataset_id, str) else list(path_or_dataset_id)
     label = ", ".join(paths)
@@ -109,9 +123,13 @@ def open_source(
         source = _open_local(paths, label, split)
     else:
         source = _open_hub(paths[0], split, name, revision)
-    if not len(source.dataset):
+    return replace(source, load=lambda: _some(source.load(), label, split))
+
+
+def _some(dataset: datasets.Dataset, label: str, split: str) -> datasets.Dataset:
+    if not len(dataset):
         raise DataError(f"{label}: zero rows in split {split!r}")
-    return source
+    return dataset
 
 
 # --- local files ----------------------------------------------------------------------------------------------------
@@ -128,23 +146,30 @@ def _open_local(paths: list[str], label: str, split: str) -> Source:
     wanted, chosen = re.match(r"^\w*", split).group(), []  # type: ignore[union-attr]
     for path in paths:
         chosen += _files(path, wanted)
-    tables, digest = [], hashlib.sha256()
+    parquet, text = ([f for f in chosen if (f.suffix.lower() == ".parquet") is kind] for kind in (True, False))
+    if parquet and text:
+        raise DataError(f"{label}: the files have different columns ({parquet[0]}, {text[0]}); give files of one kind")
+    digest = hashlib.sha256()
     for file in chosen:
-        data = _bytes(file)
-        digest.update(hashlib.sha256(data).digest())
-        tables.append(_table(file, data))
+        digest.update(_digest(file))
+    identity = f"{digest.hexdigest()}:{split[len(wanted) :]}"
+    load = lambda: _slice(_rows_of(chosen, label, digest.hexdigest()), split, wanted)  # noqa: E731
+    return Source(load, label, identity, tuple(str(file.absolute()) for file in chosen))
+
+
+def _rows_of(files: list[Path], label: str, fingerprint: str) -> datasets.Dataset:
     try:
-        table = pa.concat_tables(tables, promote_options="default")
+        table = pa.concat_tables([_table(file) for file in files], promote_options="default")
     except pa.ArrowInvalid as error:
         raise DataError(f"{label}: the files have different columns ({error}); give files of one kind") from None
-    dataset = _slice(datasets.Dataset(table), split, wanted)
-    return Source(dataset, label, f"{digest.hexdigest()}:{split[len(wanted) :]}")
+    return datasets.Dataset(table, fingerprint=fingerprint[:32])  # else it would be found from a copy of all rows
 
 
 def _files(path: str, split: str) -> list[Path]:
     place = Path(path).expanduser()
     if place.is_dir():
         files = sorted(f for f in place.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+        files = [f for f in files if f.name not in _NOT_ROWS]
         if not files:
             script = next(place.glob("*.py"), None)
             hint = f"; {script.name} is a script, which is not run: use the dataset's parquet files" if script else ""
@@ -177,45 +202,70 @@ def _of_split(files: list[Path], root: Path, split: str) -> list[Path]:
     return by_split[key]
 
 
-def _bytes(file: Path) -> bytes:
+def _digest(file: Path) -> bytes:
     try:
-        return file.read_bytes()
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").digest()
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from None
 
 
-def _table(file: Path, data: bytes) -> pa.Table:
-    if file.suffix.lower() == ".parquet":
+def _table(file: Path) -> pa.Table:
+    kind = file.suffix.lower()
+    if kind == ".parquet":
         try:
-            return pq.read_table(pa.BufferReader(data))
+            return pq.ParquetFile(file).read()
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+    is_csv = kind in (".csv", ".tsv")
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
+        # Only "\n" ends a line of JSON: U+2028, say, may stand in its strings. A CSV reader sees to its lines itself.
+        with file.open(encoding="utf-8-sig", newline="" if is_csv else "\n") as text:
+            if is_csv:
+                return _in_chunks(_csv_rows(file, text, "\t" if kind == ".tsv" else ","))
+            return _in_chunks(_json_rows(file, text) if kind == ".json" else _lines(file, text))
+    except UnicodeDecodeError:
         raise DataError(
-            f"{file}: not UTF-8 at byte {error.start}; convert it, e.g. `iconv -f latin1 -t utf-8 {file.name}`"
+            f"{file}: not UTF-8 at byte {_first_bad_byte(file)}; convert it, e.g. `iconv -f latin1 -t utf-8 {file.name}`"
         ) from None
-    kind = file.suffix.lower()
-    if kind in (".csv", ".tsv"):
-        rows = _csv_rows(file, text, "\t" if kind == ".tsv" else ",")
-    else:
-        rows = _json_rows(file, text) if kind == ".json" else _lines(file, text)
-    texts, places = [], []
-    for row, place in rows:
-        texts.append(row)
+
+
+def _in_chunks(rows: Iterable[tuple[str, str]]) -> pa.Table:
+    """A table of rows and where they stand; few of them at a time are Python strings, which take several times the room."""
+    schema = pa.schema({_TEXT: pa.large_string(), _WHERE: pa.large_string()})
+    chunks: list[pa.RecordBatch] = []
+    texts: list[str] = []
+    places: list[str] = []
+    size = 0
+    for text, place in rows:
+        texts.append(text)
         places.append(place)
-    return pa.table({_TEXT: pa.array(texts, pa.large_string()), _WHERE: pa.array(places, pa.large_string())})
+        size += len(text)
+        if size > _CHUNK:
+            chunks.append(pa.record_batch([texts, places], schema))
+            texts, places, size = [], [], 0
+    return pa.Table.from_batches([*chunks, pa.record_batch([texts, places], schema)])
 
 
-def _lines(file: Path, text: str) -> Iterator[tuple[str, str]]:
-    # Only "\n" ends a line: splitlines() would also cut at U+2028, which JSON strings may hold.
-    return ((line, f"{file}:{number}") for number, line in enumerate(text.split("\n"), 1) if line.strip())
+def _first_bad_byte(file: Path) -> int:
+    at = 0
+    with file.open("rb") as lines:
+        for line in lines:
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return at + error.start
+            at += len(line)
+    return at
 
 
-def _csv_rows(file: Path, text: str, delimiter: str) -> Iterator[tuple[str, str]]:
+def _lines(file: Path, text: TextIO) -> Iterator[tuple[str, str]]:
+    return ((line.removesuffix("\n"), f"{file}:{number}") for number, line in enumerate(text, 1) if line.strip())
+
+
+def _csv_rows(file: Path, text: TextIO, delimiter: str) -> Iterator[tuple[str, str]]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.DictReader(text, delimiter=delimiter, strict=True)
     try:
         for row in reader:
             if None in row or None in row.values():
@@ -227,15 +277,17 @@ def _csv_rows(file: Path, text: str, delimiter: str) -> Iterator[tuple[str, str]
         raise DataError(f"{file}:{reader.line_num}: not valid CSV ({error})") from None
 
 
-def _json_rows(file: Path, text: str) -> Iterator[tuple[str, str]]:
+def _json_rows(file: Path, lines: TextIO) -> Iterator[tuple[str, str]]:
+    text = lines.read()
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # one object a line, whatever the file is called
-            return _lines(file, text)
+            lines.seek(0)
+            return _lines(file, lines)
         raise DataError(f"{file}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
     rows = content.get("data", content) if isinstance(content, dict) else content
-    if isinstance(rows, dict) and len(text.strip().split("\n")) == 1:
+    if isinstance(rows, dict) and "\n" not in text.strip():
         rows = [rows]  # a JSONL file of one line
     if not isinstance(rows, list):
         raise DataError(f'{file}: expected a list of rows, or {{"data": [rows]}}; got {_kind(content)}')
@@ -273,7 +325,7 @@ def _open_saved(root: Path, label: str, split: str) -> Source:
         if wanted not in saved:
             raise DataError(f"{label}: no split {wanted!r}; there is {', '.join(saved)}")
         saved = saved[wanted]
-    return Source(_slice(saved, split, wanted), label, f"{_content_hash(saved)}:{split}")
+    return Source(lambda: _slice(saved, split, wanted), label, f"{_content_hash(saved)}:{split}")
 
 
 def _slice(dataset: datasets.Dataset, split: str, wanted: str) -> datasets.Dataset:
@@ -294,7 +346,7 @@ def _open_hub(repo: str, split: str, name: str | None, revision: str | None) -> 
         )
     except Exception as error:
         raise DataError(_dataset_problem(error, repo, revision)) from error
-    return Source(dataset, repo, f"{repo}:{name}:{split}:{_content_hash(dataset)}")
+    return Source(lambda: dataset, repo, f"{repo}:{name}:{split}:{_content_hash(dataset)}")
 
 
 def _dataset_problem(error: Exception, repo: str, revision: str | None) -> str:

@@ -20,10 +20,11 @@ from nemo_automodel.types import IGNORE_INDEX, Sample
 
 logger = logging.getLogger(__name__)
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Part of the cache key; raise it whenever the same row and options would give other ids or labels."""
 MAX_DROPPED = 0.5
 """Share of rows that may have nothing to train on before that is an error."""
+_LOOKED_AT = 1000  # rows whose roles that error names
 
 _FEATURES = datasets.Features(
     {
@@ -36,7 +37,8 @@ _FEATURES = datasets.Features(
 )
 
 Render = Callable[[dict[str, Any], str], Rendered]
-"""(row, where it stands) -> its text; a dataclass, whose fields are the options that enter the cache key."""
+"""(row, where it stands) -> its text; a dataclass, whose fields are the options that enter the cache key. One that
+reads conversations has ``roles(row, where)``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +107,12 @@ def tokenize(
     facts = [CODE_VERSION, source.identity, tokens, type(render).__qualname__, options, seq_length]
     encode_rows = _Encode(tokenizer, render, seq_length, source.name)
     table, fingerprint = map_cached(source, encode_rows, _FEATURES, facts, num_proc, f"Tokenising {source.name}")
-    return _checked(table, source.name, seq_length, fingerprint)
+    return _checked(table, source, render, seq_length, fingerprint)
 
 
-def _checked(table: datasets.Dataset, name: str, seq_length: int | None, fingerprint: str) -> TokenizedDataset:
+def _checked(
+    table: datasets.Dataset, source: Source, render: Render, seq_length: int | None, fingerprint: str
+) -> TokenizedDataset:
     columns = table.select_columns(["length", "full_length", "labelled"]).with_format("numpy")[:]
     length, full, labelled = columns["length"], columns["full_length"], columns["labelled"]
     kept = np.flatnonzero(labelled > 0)
@@ -123,13 +127,23 @@ def _checked(table: datasets.Dataset, name: str, seq_length: int | None, fingerp
     )
     if stats.dropped > MAX_DROPPED * stats.rows:
         by_cut = int((cut & (labelled == 0)).sum())
+        unmarked = np.flatnonzero(~cut & (labelled == 0))
         raise DataError(
-            f"{name}: {stats.dropped} of {stats.rows} rows have nothing to train on: in {by_cut} the prompt alone fills "
+            f"{source.name}: {stats.dropped} of {stats.rows} rows have nothing to train on: in {by_cut} the prompt alone fills "
             f"seq_length={seq_length} (the longest row has {int(full.max())} tokens), {stats.dropped - by_cut} have an empty or "
-            "unmarked answer; raise dataset.seq_length, or look at the columns and at train_on"
+            f"unmarked answer{_roles(source, render, unmarked)}; raise dataset.seq_length, or look at the columns and at train_on"
         )
-    logger.log(logging.WARNING if stats.dropped else logging.INFO, "%s: %s", name, stats)
+    logger.log(logging.WARNING if stats.dropped else logging.INFO, "%s: %s", source.name, stats)
     return TokenizedDataset(table, kept, stats, fingerprint)
+
+
+def _roles(source: Source, render: Render, rows: np.ndarray) -> str:
+    """The roles in the first of ``rows``, where rows are conversations: it may be an assistant under another name."""
+    roles_of = getattr(render, "roles", None)
+    if roles_of is None or not len(rows):
+        return ""
+    found = {role for row in rows[:_LOOKED_AT].tolist() for role in roles_of(source[row], f"{source.name} row {row}")}
+    return f" (roles there: {', '.join(sorted(found)) or 'none'}; assistant's words are learned)"
 
 
 class _Encode:
@@ -165,10 +179,18 @@ def map_cached(
     num_proc: int | None,
     desc: str,
     batch_size: int = 1000,
+    here: str = "",
 ) -> tuple[datasets.Dataset, str]:
-    """``function`` of all rows of ``source``, made once for the same ``facts``; and the hash of these."""
-    fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
-    cache = _cache_file(fingerprint)
+    """``function`` of all rows of ``source``, made once for the same ``facts``; and the hash of these.
+
+    ``here``, too, must be the same for what was made to be taken, but is not in that hash: what may differ between
+    machines, such as files' times. The rows of ``source`` are not read where nothing is to be made.
+    """
+    fingerprint = _hash(facts)
+    key = _hash([fingerprint, here]) if here else fingerprint
+    cache = _cache_file(key)
+    if cache is not None and (made := _made_before(Path(cache), features)) is not None:
+        return made, fingerprint
     table = source.dataset.map(
         function,
         batched=True,
@@ -179,10 +201,28 @@ def map_cached(
         num_proc=num_proc,
         cache_file_name=cache,
         keep_in_memory=cache is None,
-        new_fingerprint=fingerprint,
+        new_fingerprint=key,
         desc=desc,
     )
     return table, fingerprint
+
+
+def _hash(facts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _made_before(cache: Path, features: datasets.Features) -> datasets.Dataset | None:
+    """What ``datasets.map`` wrote to ``cache``: one file, or one of each process, all of them there."""
+    if not datasets.is_caching_enabled():
+        return None
+    parts: dict[str, list[Path]] = {"1": [cache]} if cache.exists() else {}
+    for part in sorted(cache.parent.glob(f"{cache.stem}_*_of_*.arrow")):
+        parts.setdefault(part.stem.rsplit("_", 1)[1], []).append(part)
+    whole = next((files for count, files in parts.items() if len(files) == int(count)), None)
+    if whole is None:
+        return None
+    info = datasets.DatasetInfo(features=features)
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file), info=info) for file in whole])
 
 
 def _cache_file(fingerprint: str) -> str | None:

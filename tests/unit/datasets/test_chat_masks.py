@@ -6,7 +6,7 @@ import pytest
 
 from nemo_automodel.components.datasets.chat_template import ChatRenderer
 from nemo_automodel.components.datasets.llm.chat import to_messages
-from nemo_automodel.components.datasets.rendering import encode, template_renders_bos
+from nemo_automodel.components.datasets.rendering import encode
 from nemo_automodel.errors import DataError
 from nemo_automodel.types import IGNORE_INDEX
 from tests.builders import CHAT_KINDS, make_tokenizer
@@ -156,13 +156,30 @@ def test_message_weight_zero_is_not_supervised() -> None:
     assert supervised("chatml", messages) == ["four<|im_end|>"]
 
 
+@pytest.mark.parametrize("said", [{"weight": False}, {"weight": 0.0}, {"train": False}, {"weight": 1, "train": False}])
+def test_what_is_said_not_to_be_learned_is_not(said) -> None:
+    assert supervised("chatml", [TWO_TURNS[0], {**TWO_TURNS[1], **said}, *TWO_TURNS[2:]]) == ["four<|im_end|>"]
+
+
+@pytest.mark.parametrize("said", [{"weight": 1}, {"weight": True}, {"weight": None, "train": None}, {"train": True}])
+def test_what_is_said_to_be_learned_is(said) -> None:
+    assert len(supervised("chatml", [TWO_TURNS[0], {**TWO_TURNS[1], **said}, *TWO_TURNS[2:]])) == 2
+
+
+@pytest.mark.parametrize("said", [{"weight": 0.5}, {"weight": "0"}, {"train": "false"}])
+@pytest.mark.parametrize("train_on", ["assistant", "last"])
+def test_another_weight_is_an_error(said, train_on) -> None:
+    (key,) = said
+    with pytest.raises(DataError, match=rf"row 0: {key} of a message must be 1 .* or 0 .*, got {said[key]!r}"):
+        supervised("chatml", [TWO_TURNS[0], {**TWO_TURNS[1], **said}, *TWO_TURNS[2:]], train_on=train_on)
+
+
 @pytest.mark.parametrize("kind", CHAT_KINDS)
 def test_class_5_ids_equal_the_tokenizers_own(kind: str) -> None:
     tokenizer = make_tokenizer(kind)
     ((ids, _),) = encode(tokenizer, [ChatRenderer(tokenizer)(TWO_TURNS, "row 0")])
     assert ids == tokenizer.apply_chat_template(TWO_TURNS, tokenize=True, return_dict=False)
     assert ids.count(tokenizer.bos_token_id) == (1 if kind in ("chatml_bos", "llama3", "gemma", "mistral") else 0)
-    assert template_renders_bos(tokenizer) == (kind in ("chatml_bos", "llama3", "gemma", "mistral"))
 
 
 @pytest.mark.parametrize("kind", ["chatml", "chatml_pad_eos"])
@@ -204,3 +221,9 @@ def test_tool_call_arguments_as_text_are_parsed() -> None:
     call = {"function": {"name": "f", "arguments": '{"a": 1}'}}
     (message,) = to_messages({"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}]}, "row")
     assert message["tool_calls"][0]["function"]["arguments"] == {"a": 1}
+
+
+@pytest.mark.parametrize("calls", [[{"function": "f"}], ["f"], "f"])
+def test_a_tool_call_that_is_no_object_is_an_error(calls) -> None:
+    with pytest.raises(DataError, match=r"row: messages\[0\]: .*(a tool call must be an object|must be list)"):
+        to_messages({"messages": [{"role": "assistant", "content": None, "tool_calls": calls}]}, "row")

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from nemo_automodel.components.datasets import tokenized
+from nemo_automodel.components.datasets import sources, tokenized
 from nemo_automodel.components.datasets.llm.chat import make_chat_dataset
 from nemo_automodel.components.datasets.llm.column_mapped import make_instruction_dataset
 from nemo_automodel.components.datasets.llm.hellaswag import make_hellaswag_dataset
@@ -198,6 +198,19 @@ def test_processes_give_the_same_rows(tmp_path, cache) -> None:
     assert one.fingerprint == two.fingerprint
 
 
+def test_what_several_processes_cached_is_read_if_it_is_all_there(tmp_path, cache, monkeypatch) -> None:
+    path, tokenizer = qa(tmp_path / "a.jsonl", 9), make_tokenizer()
+    first = make_instruction_dataset(tokenizer, path, num_proc=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(sources, "_rows_of", None)  # would fail if called
+        again = make_instruction_dataset(tokenizer, path)
+    part, _ = sorted((cache / "nemo_automodel").glob("*_of_00002.arrow"))
+    part.unlink()
+    made_again = make_instruction_dataset(tokenizer, path)
+    for data in (again, made_again):
+        assert [data[i] for i in range(9)] == [first[i] for i in range(9)]
+
+
 def test_hellaswag(tmp_path) -> None:
     rows = [{"ctx": "The fox", "endings": ["sleeps.", "jumps over."], "label": label} for label in ("1", 0, "0", "")]
     tokenizer = make_tokenizer()
@@ -252,9 +265,30 @@ def test_lengths_are_plain_numbers(tmp_path) -> None:
     assert isinstance(data.lengths, np.ndarray)
 
 
-def test_rows_with_an_empty_answer_are_dropped_and_counted(tmp_path):
+@pytest.mark.parametrize("kind", ["plain", "bos"])
+def test_rows_with_an_empty_answer_are_dropped_and_counted(tmp_path, kind):
     rows = [{"question": "q", "answer": "" if i % 4 == 0 else "a"} for i in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     mapping = {"question": "question", "answer": "answer"}
-    data = make_instruction_dataset(make_tokenizer(), str(tmp_path / "rows.jsonl"), column_mapping=mapping)
+    data = make_instruction_dataset(make_tokenizer(kind), str(tmp_path / "rows.jsonl"), column_mapping=mapping)
     assert (len(data), data.stats.dropped) == (6, 2)
+
+
+def test_a_chats_pair_with_an_empty_answer_is_dropped_and_counted(tmp_path):
+    empty = [{"prompt": "hi", "completion": " "}, {"instruction": "hi", "output": "", "system": "You are a fox."}]
+    path = write(tmp_path / "a.jsonl", [*empty, *[{"prompt": "hi", "completion": "dog"}] * 3])
+    data = make_chat_dataset(make_tokenizer("chatml"), path)
+    assert (len(data), data.stats.dropped) == (3, 2)
+
+
+def test_roles_in_capitals_are_known_and_unknown_ones_named(tmp_path):
+    def chat(role):
+        return {"messages": [{"role": "User", "content": "hi"}, {"role": role, "content": "dog"}]}
+
+    tokenizer = make_tokenizer("chatml")
+    data = make_chat_dataset(tokenizer, write(tmp_path / "a.jsonl", [chat("Assistant")]))
+    assert answer_of(tokenizer, data[0]) == "dog<|im_end|>"
+    path = write(tmp_path / "b.jsonl", [chat("bot")] * 3)
+    for _ in range(2):  # the second time from the cache
+        with pytest.raises(DataError, match=r"3 have an empty or unmarked answer \(roles there: bot, user; "):
+            make_chat_dataset(tokenizer, path)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import subprocess
+import sys
 
 import datasets
 import pytest
@@ -31,6 +33,11 @@ def error(call, *args, **kwargs) -> str:
         call(*args, **kwargs)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def rows_of(*args) -> list[dict]:
+    source = open_source(*args)
+    return [source[i] for i in range(len(source))]
 
 
 def test_every_local_format_gives_the_same_rows(tmp_path) -> None:
@@ -88,7 +95,7 @@ def test_zero_rows(tmp_path) -> None:
     (tmp_path / "a.csv").write_text("question,answer\n")
     (tmp_path / "a.json").write_text("[]")
     for name in ("a.jsonl", "a.csv", "a.json"):
-        assert "zero rows in split 'train'" in error(open_source, str(tmp_path / name))
+        assert "zero rows in split 'train'" in error(rows_of, str(tmp_path / name))
 
 
 def test_bad_json_names_file_and_line(tmp_path) -> None:
@@ -98,14 +105,14 @@ def test_bad_json_names_file_and_line(tmp_path) -> None:
     path.write_text(json.dumps(ROWS[0]) + "\n[1]\n")
     assert "a.jsonl:2: expected a JSON object" in error(make_instruction_dataset, make_tokenizer(), str(path))
     (tmp_path / "a.json").write_text('[\n{"a": 1},\n{"a" 2}]')
-    assert "a.json:3: not valid JSON" in error(open_source, str(tmp_path / "a.json"))
+    assert "a.json:3: not valid JSON" in error(rows_of, str(tmp_path / "a.json"))
     (tmp_path / "a.csv").write_text("a,b\n1,2\n3\n")
-    assert "a.csv:3: a row must have the 2 columns" in error(open_source, str(tmp_path / "a.csv"))
+    assert "a.csv:3: a row must have the 2 columns" in error(rows_of, str(tmp_path / "a.csv"))
 
 
 def test_not_utf8_names_the_byte(tmp_path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"question": "caf\xe9"}\n')
-    message = error(open_source, str(tmp_path / "a.jsonl"))
+    message = error(rows_of, str(tmp_path / "a.jsonl"))
     assert "a.jsonl: not UTF-8 at byte 17" in message
     assert "iconv" in message
 
@@ -113,7 +120,88 @@ def test_not_utf8_names_the_byte(tmp_path) -> None:
 def test_truncated_parquet(tmp_path) -> None:
     datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "a.parquet")
     (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
-    assert "a.parquet: not a readable parquet file" in error(open_source, str(tmp_path / "a.parquet"))
+    assert "a.parquet: not a readable parquet file" in error(rows_of, str(tmp_path / "a.parquet"))
+
+
+def test_a_bad_byte_is_counted_from_the_start_of_the_file(tmp_path) -> None:
+    line = json.dumps({"question": "q" * 1000}).encode() + b"\n"
+    for name, head, before in (("a.jsonl", b"", line * 50), ("a.csv", b"a,b\n", b"1,2\n" * 20_000), ("a.json", b"[", b" " * 9_000)):  # fmt: skip
+        (tmp_path / name).write_bytes(head + before + b"caf\xe9")
+        assert f"{name}: not UTF-8 at byte {len(head + before) + 3};" in error(rows_of, str(tmp_path / name))
+
+
+def test_lines_end_where_they_did(tmp_path) -> None:
+    """At \\n alone in JSONL, and as its reader says in CSV; blank lines count, and a mark at the file's start does not."""
+    lines = ['{"a": "x\u2028y"}', "", '{"a": 1}\r', '{"a": "\u3000"}', "\u3000"]
+    for name in ("a.jsonl", "a.json"):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
+        assert rows_of(str(tmp_path / name)) == [{"a": "x\u2028y"}, {"a": 1}, {"a": "\u3000"}]
+        assert open_source(str(tmp_path / name)).dataset["__where__"][:] == [
+            f"{tmp_path / name}:{n}" for n in (1, 3, 4)
+        ]
+    for end in (b"\n", b"\r\n", b"\r"):
+        (tmp_path / "a.csv").write_bytes(end.join([b"\xef\xbb\xbfa,b", b'1,"x\ny"', b"2,z"]))
+        assert rows_of(str(tmp_path / "a.csv")) == [{"a": "1", "b": "x\ny"}, {"a": "2", "b": "z"}]
+
+
+def test_rows_beyond_a_chunk_are_in_order(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("nemo_automodel.components.datasets.sources._CHUNK", 50)
+    assert rows_of(write(tmp_path / "a.jsonl", ROWS)) == ROWS
+    assert open_source(str(tmp_path / "a.jsonl")).dataset.data.column(0).num_chunks > 1
+
+
+def test_files_of_two_kinds_are_an_error_and_what_describes_a_dataset_is_not_read(tmp_path) -> None:
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "data" / "train-00000.parquet")
+    (tmp_path / "dataset_infos.json").write_text(json.dumps({"default": {"splits": {}}}))
+    assert rows_of(str(tmp_path)) == ROWS
+    write(tmp_path / "more.jsonl", ROWS)
+    assert re.search(
+        r"different columns \(.*parquet, .*more.jsonl\); give files of one kind", error(rows_of, str(tmp_path))
+    )
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+import datasets
+from nemo_automodel.components.datasets.sources import open_source
+from nemo_automodel.components.datasets.tokenized import map_cached
+
+def mib(key):
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+def counted(columns, indices):
+    return {"n": [len(text) for text in columns["__json__"]]}
+
+def read(path, cache):
+    datasets.config.HF_DATASETS_CACHE = Path(cache)
+    before = mib("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here
+    source = open_source(path)
+    features = datasets.Features({"n": datasets.Value("int32")})
+    table, _ = map_cached(source, counted, features, [source.identity], None, "", 100)
+    return sum(table["n"]), mib("VmHWM") - before
+
+datasets.disable_progress_bars()
+small, large, cache = sys.argv[1:]
+read(small, cache)
+for _ in range(2):
+    print(*read(large, cache))
+"""
+
+
+def test_a_large_file_is_held_once_and_not_at_all_where_the_cache_has_its_rows(tmp_path) -> None:
+    small = write(tmp_path / "small.jsonl", ROWS)
+    large = write(tmp_path / "large.jsonl", ({"question": f"{i}" + "fox " * 1000} for i in range(15_000)))
+    size = (tmp_path / "large.jsonl").stat().st_size / 2**20
+    assert 55 < size < 65
+    command = [sys.executable, "-c", MEMORY, small, large, str(tmp_path / "cache")]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    first, again = float(out[1]), float(out[3])
+    assert out[0] == out[2]
+    assert first < 3 * size
+    assert again < size / 4
 
 
 def test_missing_column_lists_those_there_are(tmp_path) -> None:

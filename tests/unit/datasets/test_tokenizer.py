@@ -7,7 +7,7 @@ import logging
 import pytest
 from transformers import AutoTokenizer
 
-from nemo_automodel._transformers.tokenizer import load_tokenizer, template_renders_bos
+from nemo_automodel._transformers.tokenizer import load_tokenizer
 from nemo_automodel.components.datasets.llm.chat import make_chat_dataset
 from nemo_automodel.errors import ModelError
 from tests.builders import CHAT_KINDS, TOKENIZER_KINDS, make_tokenizer
@@ -49,7 +49,6 @@ def test_class_7_the_template_trained_on_is_the_template_saved(tmp_path, kind: s
         assert plain.apply_chat_template(CHAT, **options) == make_tokenizer(kind).apply_chat_template(CHAT, **options)
     messages = [{"role": "user", "content": " hi é"}, {"role": "assistant", "content": " Paris "}]
     assert plain.apply_chat_template(messages, return_dict=False) == trained
-    assert template_renders_bos(plain) == template_renders_bos(make_tokenizer(kind))
 
 
 def test_class_7_a_template_given_in_the_recipe_is_saved(tmp_path) -> None:

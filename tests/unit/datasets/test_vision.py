@@ -275,6 +275,7 @@ BAD = {
     "too few images": ({**ask(text("<image> and <image>")), "images": ["0.png"]}, "2 places for images .* but 1 in column 'images'"),
     "too many images": ({**ask(text("<image>")), "images": ["0.png", "1.png"]}, "1 places for images .* but 2 in column"),
     "placeholder as text": (ask(text("see <start_of_image>")), "a text holds '<start_of_image>', which stands for an image"),
+    "no user": ({"messages": [{"role": "assistant", "content": ANSWER}], "image": "0.png"}, "data.jsonl:1: 1 images, but no <image> and no message of role user .* there is assistant"),
     "a number": ({**ask(text("<image>")), "images": [7]}, "an image must be a path, bytes or"),
     "a video": (ask({"type": "video", "path": "a.mp4"}), "a part of a message must be"),
     "no conversation": ({"images": ["0.png"], "caption": "a"}, "no conversation found; there is 'caption'"),
@@ -310,6 +311,52 @@ def test_bad_images_are_skipped_and_counted_or_an_error(processors, folder):
         make_vlm_chat_dataset(processors("gemma3"), path, on_bad_image="ignore")
 
 
+def test_images_that_changed_are_measured_anew(processors, folder):
+    processor, path = processors("qwen3_vl"), write(folder, [ONE, BARE])
+    first = make_vlm_chat_dataset(processor, path)
+    Image.open(folder / "0.png").resize((96, 96)).save(folder / "0.png")
+    second = make_vlm_chat_dataset(processor, path)
+    assert int(second.lengths[0]) == len(second[0]["input_ids"]) != int(first.lengths[0])
+    assert second.fingerprint != first.fingerprint
+    with pytest.raises(DataError, match=r"data.jsonl:1: .* if its images have changed since this run began, start it"):
+        first[0]
+    (folder / "0.png").unlink()
+    with pytest.raises(DataError, match=r"data.jsonl:1: image .*0.png does not exist"):
+        make_vlm_chat_dataset(processor, path)
+
+
+def test_a_bad_image_that_was_repaired_is_back(processors, folder):
+    content = (folder / "0.png").read_bytes()
+    (folder / "0.png").write_bytes(content[: len(content) // 2])
+    path = write(folder, [ONE, TWO])
+    assert len(make_vlm_chat_dataset(processors("gemma3"), path, on_bad_image="skip")) == 1
+    (folder / "0.png").write_bytes(content)
+    assert len(make_vlm_chat_dataset(processors("gemma3"), path, on_bad_image="skip")) == 2
+
+
+def test_a_moved_dataset_resumes_and_reads_the_images_where_they_are(processors, folder, monkeypatch):
+    write(folder, [ONE])
+    monkeypatch.chdir(folder)
+    first = make_vlm_chat_dataset(processors("qwen3_vl"), "data.jsonl")
+    (folder / "moved").mkdir()
+    for name in ("0.png", "data.jsonl"):
+        (folder / name).rename(folder / "moved" / name)
+    monkeypatch.chdir(folder / "moved")
+    second = make_vlm_chat_dataset(processors("qwen3_vl"), "data.jsonl")
+    assert DataLoader(second).fingerprint == DataLoader(first).fingerprint
+    Image.open("0.png").resize((96, 96)).save("0.png")
+    third = make_vlm_chat_dataset(processors("qwen3_vl"), "data.jsonl")
+    assert int(third.lengths[0]) == len(third[0]["input_ids"]) != int(second.lengths[0])
+
+
+def test_unchanged_images_are_not_measured_again(processors, folder, monkeypatch):
+    path = write(folder, [ONE, TWO])
+    first = make_vlm_chat_dataset(processors("gemma3"), path)
+    monkeypatch.setattr("nemo_automodel.components.datasets.vlm.dataset.size_of", None)  # would fail if called
+    second = make_vlm_chat_dataset(processors("gemma3"), path)
+    assert (second.fingerprint, list(second.lengths)) == (first.fingerprint, list(first.lengths))
+
+
 def test_a_micro_batch_without_images_still_runs_the_tower(processors, folder):
     data = make_vlm_chat_dataset(processors("gemma3"), write(folder, [ONE, BARE]))
     loader = DataLoader(data, global_batch_size=1, local_batch_size=1, shuffle=False)
@@ -320,6 +367,28 @@ def test_a_micro_batch_without_images_still_runs_the_tower(processors, folder):
     assert (unseen["labels"][1] == IGNORE_INDEX).all()
     assert unseen["num_tokens"] == data.lengths[1]
     assert unseen["sample_ids"] == [1]
+
+
+def test_the_row_with_a_blank_image_is_made_once_and_only_where_it_is_needed(processors, folder, monkeypatch):
+    data = make_vlm_chat_dataset(processors("gemma3"), write(folder, [ONE, TWO, BARE, BARE]))
+    blank, made = data._rows.blank, []
+    monkeypatch.setattr(data._rows, "blank", lambda: made.append(1) or blank())
+    steps = iter(DataLoader(data, shuffle=False).steps(0))
+    counts = [(next(steps)[0]["num_images"], len(made)) for _ in range(4)]
+    assert counts == [(1, 0), (2, 0), (0, 1), (0, 1)]
+
+
+def test_a_mistake_in_making_the_blank_image_is_not_its_absence(processors, folder, monkeypatch):
+    data = make_vlm_chat_dataset(processors("gemma3"), write(folder, [BARE, ONE]))
+    monkeypatch.setattr(data._rows, "blank", lambda: data.no_such_thing)
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        next(DataLoader(data, shuffle=False).steps(0))
+
+
+def test_a_pair_with_an_empty_answer_is_dropped_with_its_image(processors, folder):
+    rows = [{"question": "What?", "answer": answer, "image": "0.png"} for answer in ("", "A fox", "A dog")]
+    data = make_vlm_chat_dataset(processors("gemma3"), write(folder, rows))
+    assert (len(data), data.stats.dropped) == (2, 1)
 
 
 def test_whole_rows_share_a_pack_and_their_images_follow_each_other(processors, folder):

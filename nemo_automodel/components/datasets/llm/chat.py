@@ -44,7 +44,7 @@ def make_chat_dataset(
 
     Rows may be ``messages`` ([{role, content}]), ShareGPT ``conversations`` ([{from, value}]), Alpaca
     (instruction, input, output), or a pair such as prompt and completion: the columns tell. A message with
-    ``weight: 0`` is not trained on.
+    ``weight: 0`` (or ``train: false``) is not trained on.
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
@@ -69,7 +69,7 @@ def make_chat_dataset(
 
 
 def to_messages(row: dict[str, Any], where: str, messages_column: str = "messages") -> list[Message]:
-    """The conversation that ``row`` holds, as [{role, content, ...}].
+    """The conversation that ``row`` holds, as [{role, content, ...}]; [] for a pair with an empty answer.
 
     Raises:
         DataError: no known column, or a message without role or content.
@@ -81,8 +81,9 @@ def to_messages(row: dict[str, Any], where: str, messages_column: str = "message
     if "instruction" in row and "output" in row:
         prompt = column(row, "instruction", where)
         extra = row.get("input") or ""
-        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-        return [*system, *_pair(f"{prompt}\n\n{extra}" if extra else prompt, column(row, "output", where))]
+        pair = _pair(f"{prompt}\n\n{extra}" if extra else prompt, column(row, "output", where))
+        system = [{"role": "system", "content": row["system"]}] if row.get("system") and pair else []
+        return [*system, *pair]
     for ask, answer in _PAIRS:
         if ask in row and answer in row:
             asked, answered = column(row, ask, where, (str, list)), column(row, answer, where, (str, list))
@@ -97,6 +98,8 @@ def to_messages(row: dict[str, Any], where: str, messages_column: str = "message
 
 
 def _pair(prompt: str, answer: str) -> list[Message]:
+    if not answer.strip():  # nothing to learn here, so dropped and counted
+        return []
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
@@ -116,15 +119,23 @@ def _message(turn: Any, where: str) -> Message:
         )
     if not isinstance(content, str | list) and not (content is None and turn.get("tool_calls")):
         raise DataError(f"{where}: content must be text, got {type(content).__name__}")
-    message = {**turn, "role": _ROLE_OF.get(role, role), "content": content if content is not None else ""}
+    message = {
+        **turn,
+        "role": _ROLE_OF.get(role.lower(), role.lower()),
+        "content": content if content is not None else "",
+    }
     if turn.get("tool_calls"):
-        message["tool_calls"] = [_call(call, where) for call in turn["tool_calls"]]
+        message["tool_calls"] = [_call(call, where) for call in column(turn, "tool_calls", where, list)]
     return message
 
 
 def _call(call: Any, where: str) -> Any:
     """A tool call with its arguments as a mapping: templates write JSON themselves, and would quote a text again."""
-    inner = call.get("function", call) if isinstance(call, dict) else {}
+    inner = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(inner, dict):
+        raise DataError(
+            f"{where}: a tool call must be an object such as {{function: {{name, arguments}}}}, got {str(call)[:60]!r}"
+        )
     if not isinstance(inner.get("arguments"), str):
         return call
     try:
@@ -148,7 +159,7 @@ class _Chat:
         self._renderer = ChatRenderer(self.tokenizer, self.train_on, self.template_kwargs)
 
     def __call__(self, row: dict[str, Any], where: str) -> Rendered:
-        messages = to_messages(row, where, self.messages_column)
+        messages = self._messages(row, where)
         if not messages:
             return Rendered("", (), complete=True)
         tools = row.get(self.tools_column) or None
@@ -158,3 +169,10 @@ class _Chat:
             except json.JSONDecodeError as error:
                 raise DataError(f"{where}: column {self.tools_column!r} is not valid JSON ({error.msg})") from None
         return self._renderer(messages, where, tools)
+
+    def roles(self, row: dict[str, Any], where: str) -> list[str]:
+        """Who speaks in ``row``: for an error that says why there is nothing to train on."""
+        return [message["role"] for message in self._messages(row, where)]
+
+    def _messages(self, row: dict[str, Any], where: str) -> list[Message]:
+        return to_messages(row, where, self.messages_column)

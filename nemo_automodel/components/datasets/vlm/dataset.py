@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
+import os
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from PIL import Image
 
 from nemo_automodel.components.datasets.rendering import Rendered, tokenizer_fingerprint
 from nemo_automodel.components.datasets.sources import Source, read
 from nemo_automodel.components.datasets.tokenized import MAX_DROPPED, map_cached
-from nemo_automodel.components.datasets.vlm.images import BadImageError, load_image, size_of, undecoded
+from nemo_automodel.components.datasets.vlm.images import BadImageError, load_image, local_path, size_of, undecoded
 from nemo_automodel.components.datasets.vlm.messages import Read
 from nemo_automodel.components.datasets.vlm.processing import Encoded, Processing
 from nemo_automodel.errors import DataError
@@ -24,7 +28,7 @@ from nemo_automodel.types import IGNORE_INDEX, Sample
 
 logger = logging.getLogger(__name__)
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Part of the cache key; raise it whenever the same row and options would give other texts or lengths."""
 ON_BAD_IMAGE = ("error", "skip")
 
@@ -39,6 +43,7 @@ _FEATURES = datasets.Features(
         "state": datasets.Value("string"),  # why the row is left out: "bad image", "image cut", or ""
     }
 )
+_FILES = datasets.Features({"files": datasets.Sequence(datasets.Value("large_string"))})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,14 +77,14 @@ class VisionDataset:
 
     def __init__(
         self,
-        source: Source,
+        raw: datasets.Dataset,
         table: datasets.Dataset,
         kept: np.ndarray,
         rows: Rows,
         stats: VisionStats,
         fingerprint: str,
     ) -> None:
-        self._source, self._table, self._kept, self._rows = source, table, kept, rows
+        self._raw, self._table, self._kept, self._rows = raw, table, kept, rows
         self.stats, self.fingerprint = stats, fingerprint
         self.lengths = np.asarray(table.with_format("numpy")["length"][:])[kept]
 
@@ -90,13 +95,13 @@ class VisionDataset:
         at = self.source_row(index)
         stored = self._table[at]
         rendered = Rendered(stored["text"], tuple(zip(stored["spans"][::2], stored["spans"][1::2], strict=True)))
-        return self._rows.sample(self._source.dataset[at], at, rendered, stored["length"])
+        return self._rows.sample(self._raw[at], at, rendered, stored["length"])
 
     def source_row(self, index: int) -> int:
         """Which row of the source sample ``index`` was made from."""
         return int(self._kept[index])
 
-    @property
+    @cached_property
     def filler(self) -> Sample | None:
         """A row with a blank image in which nothing is trained on; None where no row has an image."""
         return self._rows.blank() if self.stats.images else None
@@ -131,17 +136,58 @@ def build(
         raise DataError(f"seq_length={seq_length}: must be at least 2 tokens, or null for no limit")
     if on_bad_image not in ON_BAD_IMAGE:
         raise DataError(f"on_bad_image={on_bad_image!r}: write one of {', '.join(ON_BAD_IMAGE)}")
-    source = Source(undecoded(source.dataset), source.name, source.identity)
+    raw = undecoded(source.dataset)
+    source = dataclasses.replace(source, load=lambda: raw)
     rows = Rows(Processing(processor, train_on, template_kwargs), reads, seq_length, on_bad_image, source.name)
     facts = [CODE_VERSION, source.identity, _fingerprint_of(processor), type(reads).__qualname__]
     facts += [dataclasses.asdict(reads), train_on, template_kwargs, seq_length, on_bad_image]  # type: ignore[call-overload]
-    desc = f"Measuring {source.name}"
-    table, fingerprint = map_cached(source, rows, _FEATURES, facts, num_proc, desc, batch_size=100)
+    desc, images = f"Measuring {source.name}", _state_of_images(source, reads, num_proc)
+    table, fingerprint = map_cached(source, rows, _FEATURES, facts, num_proc, desc, batch_size=100, here=images)
     columns = table.remove_columns(["text", "spans"]).with_format("numpy")[:]
     kept = np.flatnonzero((columns["labelled"] > 0) & (columns["state"] == ""))
     stats = _stats(columns, kept)
     _check(stats, source.name, seq_length, columns)
-    return VisionDataset(source, table, kept, rows, stats, fingerprint)
+    # By what the images were measured to be, not by where and how old they are: a dataset may be moved.
+    measured = hashlib.sha256(fingerprint.encode() + columns["length"].tobytes() + kept.tobytes()).hexdigest()[:32]
+    return VisionDataset(raw, table, kept, rows, stats, measured)
+
+
+def _state_of_images(source: Source, reads: Read, num_proc: int | None) -> str:
+    """A hash of the files that rows name as images: where they lie, how large they are and when they were written."""
+    facts = [CODE_VERSION, source.identity, type(reads).__qualname__, dataclasses.asdict(reads)]  # type: ignore[call-overload]
+    folders = "\n".join([source.name, str(Path.cwd()), *source.files])
+    desc = f"Looking for the images of {source.name}"
+    table, _ = map_cached(
+        source, _Files(reads, source.name), _FILES, facts, num_proc, desc, batch_size=100, here=folders
+    )
+    digest = hashlib.sha256(folders.encode())
+    for path in pc.unique(pc.list_flatten(table.data.column("files"))).to_pylist():
+        digest.update(f"{path}:{_stamp(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _stamp(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+class _Files:
+    """The files on this machine that a row's images are; for ``datasets.map``."""
+
+    def __init__(self, reads: Read, name: str) -> None:
+        self.reads, self.name = reads, name
+
+    def __call__(self, columns: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        files = []
+        for at, index in enumerate(indices):
+            row, where = read({name: values[at] for name, values in columns.items()}, index, self.name)
+            folder = folder_of(where)
+            paths = [local_path(image, folder) for image in self.reads(row, where).images]
+            files.append([str(path.absolute()) for path in paths if path is not None])
+        return {"files": files}
 
 
 def _fingerprint_of(processor: Any) -> list[Any]:
@@ -230,8 +276,9 @@ class Rows:
         sample = self._sample(rendered, pictures, where)
         if len(sample["input_ids"]) != length:
             raise DataError(
-                f"{where}: {len(sample['input_ids'])} tokens, but {length} when the rows were measured; its images have changed "
-                "since, or the processor counts by more than their sizes: set dataset.seq_length: null"
+                f"{where}: {len(sample['input_ids'])} tokens, but {length} when the rows were measured; if its images have changed "
+                "since this run began, start it again (they are then measured anew); if not, its processor counts tokens by "
+                "more than images' sizes, and cannot be used"
             )
         return sample
 

@@ -6,7 +6,6 @@ import base64
 import binascii
 import io
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +110,17 @@ def _content(image: Any, folder: Path | None, where: str) -> Any:
             return io.BytesIO(base64.b64decode(image[match.end() :], validate=True))
         except binascii.Error as error:
             raise BadImageError(f"{where}: a data URL that is not base64 ({error}); {_FIX}") from None
-    if re.match(r"[a-z]+://", image) and not image.startswith("file://"):
+    if (path := local_path(image, folder)) is None:
         raise DataError(f"{where}: {image[:80]} is on the network; download the images and write their paths")
+    return path
+
+
+def local_path(image: Any, folder: Path | None) -> Path | None:
+    """The file that ``image`` names; None where it names none: bytes, a data URL, something on the network."""
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path")
+    if not isinstance(image, str) or re.match(r"data:image/[\w.+-]+;base64,|(?!file://)[a-z]+://", image):
+        return None
     path = Path(image.removeprefix("file://")).expanduser()
     return path if path.is_absolute() or folder is None else folder / path
 
@@ -121,6 +129,3 @@ def _name(image: Any) -> str:
     if isinstance(image, dict):
         image = image.get("path")
     return f"image {image[:120]}" if isinstance(image, str) and not image.startswith("data:") else "an image"
-
-
-Picture = Callable[[], Image.Image]

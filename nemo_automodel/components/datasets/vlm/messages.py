@@ -43,7 +43,10 @@ def conversation_of(
     waiting = _as_list(row.get(column)) if column is not None else []
     found = Conversation([])
     has_column, placed = column is not None, 0
-    for message in to_messages({k: v for k, v in row.items() if k != column}, where, messages_column):
+    messages = to_messages({k: v for k, v in row.items() if k != column}, where, messages_column)
+    if not messages:
+        return found
+    for message in messages:
         parts: list[dict[str, Any]] = []
         for part in _parts(message["content"], has_column, where):
             if part["type"] == "image":
@@ -56,7 +59,7 @@ def conversation_of(
             parts.append(part)
         found.messages.append({**message, "content": parts})
     if waiting and not placed:
-        _put_first(found, waiting)
+        _put_first(found, waiting, where)
     elif placed != len(waiting):
         raise DataError(
             f"{where}: {placed} places for images ({PLACEHOLDER} or parts of type image without a source), but "
@@ -134,12 +137,16 @@ def _source_of(part: dict[str, Any]) -> Any:
     return None
 
 
-def _put_first(found: Conversation, images: list[Any]) -> None:
+def _put_first(found: Conversation, images: list[Any], where: str) -> None:
     for message in found.messages:
         if message["role"] == "user":
             message["content"] = [{"type": "image"} for _ in images] + message["content"]
             found.images = [*images, *found.images]
             return
+    raise DataError(
+        f"{where}: {len(images)} images, but no {PLACEHOLDER} and no message of role user to put them in front of; there is "
+        f"{', '.join(message['role'] for message in found.messages)}"
+    )
 
 
 def _as_list(value: Any) -> list[Any]:
