@@ -68,12 +68,12 @@ def unknown_attention_arguments(model: nn.Module) -> set[str]:
 @functools.cache
 def _attention_arguments(module_class: Any) -> frozenset[str]:
     """The keywords that the class's forward writes out where it calls ``attention_interface``, transformers' name of it."""
+    source = _source_of_forward(module_class)
+    if "attention_interface(" not in source:
+        return frozenset()
     try:
-        source = inspect.getsource(inspect.unwrap(module_class.forward))
-        if "attention_interface(" not in source:
-            return frozenset()
         tree = ast.parse(textwrap.dedent(source))
-    except (OSError, TypeError, SyntaxError):
+    except SyntaxError:  # a text in it that stands further left
         return frozenset()
     calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
     ours = (call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "attention_interface")
@@ -86,12 +86,18 @@ def attention_name(model: nn.Module) -> str:
     return str(getattr(config and config.get_text_config(), "_attn_implementation", None))
 
 
-def calls_loss_function(model_class: type) -> bool:
+def calls_loss_function(model_class: Any) -> bool:
     """Whether the class's forward computes its loss by ``self.loss_function`` (nearly all do; the rest by hand)."""
+    return "self.loss_function(" in _source_of_forward(model_class)
+
+
+@functools.cache  # it is asked for in every forward, and reading it takes a millisecond
+def _source_of_forward(module_class: Any) -> str:
+    """Empty where there is none to be read."""
     try:
-        return "self.loss_function(" in inspect.getsource(inspect.unwrap(model_class.forward))  # type: ignore[attr-defined]
+        return inspect.getsource(inspect.unwrap(module_class.forward))
     except (OSError, TypeError):
-        return False
+        return ""
 
 
 def window_size(model: nn.Module) -> int | None:
