@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from nemo_automodel.hub import explain, patiently
 
 _CONFIG = "adapter_config.json"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_DEQUANTIZED = ("fp8", "mxfp8", "mxfp4")  # transformers loads them as plain weights where it is asked to
 
 
 def merge(
@@ -85,6 +87,11 @@ def _load_base(name: str, revision: str | None, dtype: str) -> Any:
         declared = (getattr(config, "architectures", None) or ["AutoModelForCausalLM"])[0]
         model_class: Any = getattr(transformers, declared, transformers.AutoModelForCausalLM)
         options = {"revision": revision, "dtype": dtype, "output_loading_info": True}
+        if quantised := _take_quantization(config):
+            if quantised.get("quant_method") not in _DEQUANTIZED:
+                raise ModelError(f"the base model {name} is quantised; pass its 16-bit original: --base MODEL")
+            config.quantization_config = {**quantised, "dequantize": True}
+            options["config"] = config
         model, info = patiently(lambda: model_class.from_pretrained(name, **options), name)
     except (OSError, ValueError) as error:
         raise ModelError(f"{explain(error, 'model', name, revision)}; or pass where it is: --base MODEL") from error
@@ -93,6 +100,13 @@ def _load_base(name: str, revision: str | None, dtype: str) -> Any:
             f"the base model {name} lacks tensors: {', '.join(sorted(info['missing_keys'])[:5])}; get it whole"
         )
     return model.eval()
+
+
+def _take_quantization(config: Any) -> dict[str, Any] | None:
+    """How the weights are quantised, taken out of ``config``, or of its text model's, which may say it instead."""
+    parts = {id(part): part for part in (config, config.get_text_config(decoder=True))}.values()
+    found = [vars(part).pop("quantization_config", None) for part in parts]
+    return next(filter(None, found), None)
 
 
 def _load_tokenizer(directory: Path, base: str) -> Any | None:
@@ -113,14 +127,22 @@ def _load_tokenizer(directory: Path, base: str) -> Any | None:
 
 def _write(target: Path, model: Any, tokenizer: Any | None) -> None:
     """Write aside and rename, so that a directory of that name is always whole."""
+    from safetensors import SafetensorError
+
     from nemo_automodel.components.checkpoint.hf import gather_weights, write_model
     from nemo_automodel.components.checkpoint.publish import temporary_directory
 
     try:
         temporary = temporary_directory(target.absolute().parent, target.name)
-        write_model(temporary, model, gather_weights(model, None, None, keep=True), tokenizer, model.dtype)
-        if target.exists():
-            target.rmdir()  # empty, as checked
-        temporary.rename(target)
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
+        try:
+            write_model(temporary, model, gather_weights(model, None, None, keep=True), tokenizer, model.dtype)
+            if target.exists():
+                target.rmdir()  # empty, as checked
+            temporary.rename(target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except Exception as error:  # tokenizers has no class for it
+        if not isinstance(error, OSError | SafetensorError) and "(os error " not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{target} cannot be written: {reason}; write to another place: -o DIRECTORY") from error

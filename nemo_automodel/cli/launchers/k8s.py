@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from nemo_automodel.cli.arguments import positive, whole
 from nemo_automodel.cli.launchers.job import Job
 from nemo_automodel.components.distributed.placement import RENDEZVOUS_PORT
 from nemo_automodel.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, ConfigError
@@ -113,6 +114,7 @@ def _job(job: Job) -> dict[str, Any]:
         {"action": action, "onExitCodes": {"containerName": "automodel", "operator": "In", "values": [code]}}
         for action, code in exits
     ]
+    retries, grace = whole(job.options, "--retries", 0), positive(job.options, "--grace-seconds")
     rules.append({"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]})
     return {
         "apiVersion": "batch/v1",
@@ -122,13 +124,13 @@ def _job(job: Job) -> dict[str, Any]:
             "completionMode": "Indexed",
             "completions": job.nodes,
             "parallelism": job.nodes,
-            "backoffLimit": int(job.options.get("--retries", "3")) * job.nodes,
+            "backoffLimit": (3 if retries is None else retries) * job.nodes,
             "podFailurePolicy": {"rules": rules},
             "template": {
                 "spec": {
                     "subdomain": job.name,
                     "restartPolicy": "Never",
-                    "terminationGracePeriodSeconds": int(job.options.get("--grace-seconds", "120")),
+                    "terminationGracePeriodSeconds": grace or 120,
                     "containers": [_container(job)],
                     "volumes": _volumes(job),
                 }

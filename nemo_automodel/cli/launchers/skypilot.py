@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import textwrap
 from pathlib import Path
 
 import yaml
@@ -28,7 +29,7 @@ FLAGS = {
 _RECIPE = "/tmp/automodel/recipe.yaml"
 _TASK = """\
 # {name}: {size}. Written by `automodel launch skypilot`; start it with `{start}`.
-name: {name}
+name: "{name}"
 num_nodes: {nodes}
 {head}
 {setup}\
@@ -73,7 +74,7 @@ def render(job: Job) -> str:
         start=" ".join(_start(job, "FILE")),
         nodes=job.nodes,
         head=yaml.safe_dump(_head(job, bucket), sort_keys=False),
-        setup=f"setup: |\n  {setup}\n\n" if setup else "",
+        setup=f"setup: |\n{textwrap.indent(setup.strip(), '  ')}\n\n" if setup else "",
         command=shell_command(["automodel"], job.arguments(_RECIPE), meeting),
     )
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 from nemo_automodel.cli.launchers.follow import follow
 from nemo_automodel.cli.launchers.job import Job, shell_command
-from nemo_automodel.errors import EXIT_OK, EXIT_PREEMPTED, AutoModelError
+from nemo_automodel.errors import EXIT_OK, EXIT_PREEMPTED, AutoModelError, ConfigError
 
 SUFFIX = ".sbatch"
 CLIENT = "sbatch"
@@ -82,26 +84,65 @@ def render(job: Job) -> str:
 def _directives(job: Job, cpus: str) -> list[str]:
     options = job.options
     lines = [
-        f"--job-name={job.name}",
+        _word(f"--job-name={job.name}"),
         f"--nodes={job.nodes}",
         "--ntasks-per-node=1                # torchrun, which starts the processes of its node",
         f"--cpus-per-task={cpus}",
         *([f"--gpus-per-node={job.gpus}"] if job.gpus else []),
-        *(f"{name}={options[name]}" for name in ("--partition", "--account", "--qos", "--time") if name in options),
-        f"--chdir={Path.cwd()}",
+        *(
+            _word(f"{name}={options[name]}")
+            for name in ("--partition", "--account", "--qos", "--time")
+            if name in options
+        ),
+        _word(f"--chdir={Path.cwd()}"),
         "--output=%x-%j.log",
         "--open-mode=append                 # a requeued job goes on in the same log",
         "--requeue                          # after preemption, and after a node has failed",
         f"--signal=B:USR1@{options.get('--warn-seconds', '120')}               # seconds before the time limit",
-        *(f"--{option.lstrip('-')}" for option in options.get("--sbatch", "").split()),
+        *(_word(f"--{option.lstrip('-')}") for option in _split(options.get("--sbatch", ""))),
     ]
     return [f"#SBATCH {line}" for line in lines]
 
 
+def _split(options: str) -> list[str]:
+    try:
+        return shlex.split(options)
+    except ValueError as error:
+        raise ConfigError(
+            f"--sbatch {options}: {str(error).lower()}; quote a value with spaces: 'comment=\"two words\" mem=0'"
+        ) from error
+
+
+def _word(text: str) -> str:
+    """``text`` as one word of an ``#SBATCH`` line: quoted as in a shell, but a backslash escapes within quotes too."""
+    return shlex.quote(text.replace("\\", "\\\\"))
+
+
 def _container(image: str, job: Job) -> str:
-    folders = dict.fromkeys([str(Path.cwd()), str(job.recipe.parent)])
-    mounts = ",".join(f"{folder}:{folder}" for folder in folders)
-    return f" \\\n    --container-image={image} --container-mounts={mounts} --container-workdir={Path.cwd()}"
+    folders = [Path.cwd(), job.recipe.parent]
+    if job.checkpoint_dir:
+        folders += _places(job.checkpoint_dir, "checkpoint.checkpoint_dir")
+    if os.environ.get("HF_HOME"):
+        folders += _places(os.path.expandvars(os.environ["HF_HOME"]), "$HF_HOME")
+    mounts = ",".join(f"{folder}:{folder}" for folder in dict.fromkeys(folders))
+    words = [f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={Path.cwd()}"]
+    return f" \\\n    {shlex.join(words)}"
+
+
+def _places(folder: str, what: str) -> list[Path]:
+    """What to mount so that ``folder`` is there in a container: the nearest that exists, and where links lead from it.
+
+    Raises:
+        ConfigError: Nothing of it exists, and the whole file system cannot be mounted over the container's.
+    """
+    path = Path(folder).expanduser().absolute()
+    places = [next(p for p in (place, *place.parents) if p.is_dir()) for place in (path, path.resolve())]
+    if Path("/") in places:
+        raise ConfigError(
+            f"{what}={folder}: nothing of it exists here, so it cannot be mounted in the container of --image and what is "
+            "written there would be lost; create it, or write another folder"
+        )
+    return places
 
 
 def submit(job: Job, path: Path) -> int:

@@ -25,7 +25,10 @@ from nemo_automodel.components._peft.match import is_transposed_linear
 from nemo_automodel.errors import CheckpointError, ModelError
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
-_UNSUPPORTED = ("layer_replication", "trainable_token_indices", "megatron_config", "use_qalora")
+_UNSUPPORTED = ("layer_replication", "trainable_token_indices", "megatron_config", "use_bdlora", "kasa_config")
+_UNMERGED = ("alora_invocation_tokens", "arrow_config", "use_qalora")  # PEFT merges them neither
+_INITS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")  # that leave the base weight as it is
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any]:
@@ -43,9 +46,20 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA can be merged")
-    used = [key for key in _UNSUPPORTED if config.get(key)]
+    used = [key for key in _UNMERGED if config.get(key)]
     if used:
-        raise CheckpointError(f"{path}: {', '.join(used)} cannot be merged here; merge it with peft")
+        raise CheckpointError(
+            f"{path}: with {', '.join(used)} no merged weight is the same; use it with PEFT, unmerged"
+        )
+    used = [key for key in _UNSUPPORTED if config.get(key)]
+    init = config.get("init_lora_weights", True)
+    if str(init).lower() not in _INITS:  # pissa, olora, corda, loftq, lora_ga: PEFT changes the base weight
+        used.append(f"init_lora_weights={init}")
+    if used:
+        raise CheckpointError(
+            f"{path}: {', '.join(used)} cannot be merged here; merge it with PEFT: "
+            "PeftModel.from_pretrained(...).merge_and_unload()"
+        )
     return config
 
 
@@ -96,6 +110,7 @@ def merge_adapter(model: Any, config: Mapping[str, Any], weights: Mapping[str, t
 
 def _merge_experts(model: Any, name: str, parts: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
     weight, transposed = model.get_parameter(name), is_transposed_experts(model, name)
+    _require_plain(weight, name)
     a, b = parts["A"], parts["B"]
     (experts, rank, n_in), (_, n_out, _) = factor_shapes(model, name, a.shape[0] // weight.shape[0])
     if a.shape != (experts * rank, n_in) or b.shape != (n_out, experts * rank):
@@ -132,6 +147,7 @@ def _add(name: str, module: Any, parts: Mapping[str, torch.Tensor], config: Mapp
         raise ModelError(
             f"the adapter changes a weight of {name} that is neither a layer's nor experts'; merge it with peft"
         )
+    _require_plain(module.weight, f"{name}.weight")
     if embedding and "magnitude_vector" in parts:
         raise ModelError(f"the adapter of {name} is DoRA on an embedding; merge it with peft")
     a, b = (parts["embedding_A"], parts["embedding_B"]) if embedding else (parts["A"], parts["B"])
@@ -154,7 +170,16 @@ def _untie(model: Any, module: Any) -> None:
         model.config.tie_word_embeddings = False
 
 
+def _require_plain(weight: torch.Tensor, name: str) -> None:
+    if weight.dtype not in _DTYPES:
+        raise ModelError(
+            f"the base model's {name} is {str(weight.dtype).removeprefix('torch.')}, quantised; "
+            "pass its 16-bit original: --base MODEL"
+        )
+
+
 def _replace(parameter: torch.Tensor, value: torch.Tensor, name: str) -> None:
+    _require_plain(parameter, name)
     if parameter.shape != value.shape:
         raise ModelError(
             f"the adapter's {name} has shape {list(value.shape)}, the base model's {list(parameter.shape)}"

@@ -1,16 +1,19 @@
 """LoRA checkpoints: PEFT reads the adapter, transformers the merged weights, and ``automodel merge`` equals PEFT's merge."""
 
 import json
+import subprocess
+import sys
 
 import peft
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from nemo_automodel.cli.merge import find_adapter, merge
 from nemo_automodel.components._peft.lora import PeftConfig
+from nemo_automodel.components._peft.merge import merge_adapter, read_adapter_weights
 from nemo_automodel.components.checkpoint.checkpointer import Checkpointer
 from nemo_automodel.components.checkpoint.dcp import stored_tensors
 from nemo_automodel.components.checkpoint.hf import gather_weights, write_model
@@ -208,6 +211,10 @@ LORA_KINDS = {
     "whole_modules": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
     "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
     "bias": {"target_modules": ["q_proj"], "bias": "none", "lora_bias": False},
+    **{
+        f"init_{init}": {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": init}
+        for init in (False, "gaussian", "eva", "orthogonal", "mica")
+    },
 }
 
 
@@ -315,6 +322,145 @@ def test_merge_says_what_is_wrong(tmp_path):
     with pytest.raises(CheckpointError, match="only LORA"):
         merge(adapter, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
+def test_merge_refuses_an_adapter_of_a_base_that_peft_has_changed(init, tmp_path):
+    peft_adapter(tmp_path, target_modules=["q_proj"], init_lora_weights=init)
+    with pytest.raises(CheckpointError, match=rf"init_lora_weights={init} cannot be merged here.*merge_and_unload"):
+        merge(tmp_path / "adapter", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("init_lora_weights", "corda", "merge_and_unload"),
+        ("init_lora_weights", "loftq", "merge_and_unload"),
+        ("init_lora_weights", "lora_ga", "merge_and_unload"),
+        ("use_bdlora", {"nblocks": 2}, "merge_and_unload"),
+        ("kasa_config", {"beta": 1e-4}, "merge_and_unload"),
+        ("alora_invocation_tokens", [1, 2], "unmerged"),
+        ("arrow_config", {"top_k": 3}, "unmerged"),
+        ("use_qalora", True, "unmerged"),
+    ],
+)
+def test_merge_refuses_other_kinds_of_lora(key, value, says, tmp_path):
+    peft_adapter(tmp_path, target_modules=["q_proj"])
+    path = tmp_path / "adapter/adapter_config.json"
+    path.write_text(json.dumps({**read_json(path), key: value}))
+    with pytest.raises(CheckpointError, match=rf"{key}.*{says}"):
+        merge(tmp_path / "adapter", output=tmp_path / "out")
+
+
+def in_fp8(directory, config):
+    """Store the projections of ``directory`` as blocks in FP8 with their scales; returns what they then stand for."""
+    stored, plain = {}, {}
+    for name, weight in load_file(directory / "model.safetensors").items():
+        stored[name] = plain[name] = weight
+        if "_proj" in name:
+            rows, columns = weight.shape[0] // 16, weight.shape[1] // 16
+            blocks = weight.float().reshape(rows, 16, columns, 16)
+            scales = blocks.abs().amax((1, 3)) / 448
+            codes = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+            stored[name], stored[f"{name}_scale_inv"] = codes.reshape(weight.shape), scales
+            plain[name] = (codes.float() * scales[:, None, :, None]).reshape(weight.shape).to(weight.dtype)
+    save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
+    quantised = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
+    (directory / "config.json").write_text(json.dumps({**config, "quantization_config": quantised}))
+    return plain
+
+
+def check_merge_into_fp8(model_type, tmp_path):
+    """On a machine where transformers keeps weights in FP8."""
+    live = peft_adapter(tmp_path, model_type, torch.bfloat16, target_modules=["q_proj", "v_proj"])
+    plain = in_fp8(tmp_path / "base", read_json(tmp_path / "base/config.json"))
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert kept.model.layers[0].self_attn.q_proj.weight.dtype == torch.float8_e4m3fn  # without being asked not to
+    out = merge(tmp_path / "adapter", output=tmp_path / "out")
+    assert "quantization_config" not in read_json(out / "config.json")
+    merged = load_file(out / "model.safetensors")
+    assert merged.keys() == plain.keys()
+    for name, weight in plain.items():
+        expected = weight
+        if name.endswith(("q_proj.weight", "v_proj.weight")):
+            layer = live.base_model.model.get_submodule(name.removesuffix(".weight"))
+            delta = layer.get_delta_weight("default")
+            assert delta.abs().max() > 1e-2
+            expected = (weight.float() + delta).to(weight.dtype)
+        torch.testing.assert_close(merged[name], expected, atol=1e-6, rtol=1e-2)  # one bf16 step
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+def test_merge_into_an_fp8_base_where_a_gpu_could_keep_it(model_type, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    check_merge_into_fp8(model_type, tmp_path)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_merge_refuses_a_base_quantised_otherwise(bits, tmp_path):
+    peft_adapter(tmp_path, target_modules=["q_proj"])
+    path = tmp_path / "base/config.json"
+    quantised = {"quant_method": "bitsandbytes", f"load_in_{bits}bit": True}
+    path.write_text(json.dumps({**read_json(path), "quantization_config": quantised}))
+    with pytest.raises(ModelError, match="is quantised; pass its 16-bit original: --base MODEL"):
+        merge(tmp_path / "adapter", output=tmp_path / "out")
+
+
+@pytest.mark.parametrize(("model_type", "targets", "weight"), [
+    ("llama", {"target_modules": ["q_proj"]}, "model.layers.0.self_attn.q_proj.weight"),
+    ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "lm_head.weight"),
+    ("qwen3_moe", {"target_modules": ["q_proj"], **EXPERTS}, "model.layers.0.mlp.experts.down_proj"),
+])  # fmt: skip
+def test_merge_adds_to_no_codes(model_type, targets, weight, tmp_path):
+    live = peft_adapter(tmp_path, model_type, **targets)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    module, _, name = weight.rpartition(".")
+    codes = base.get_parameter(weight).to(torch.float8_e4m3fn)
+    setattr(base.get_submodule(module), name, torch.nn.Parameter(codes, requires_grad=False))
+    with pytest.raises(ModelError, match=rf"{weight} is float8_e4m3fn, quantised; pass its 16-bit original"):
+        merge_adapter(base, live.peft_config["default"].to_dict(), read_adapter_weights(tmp_path / "adapter"))
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from nemo_automodel.cli.merge import merge
+from nemo_automodel.errors import CheckpointError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writes beyond the limit fail with EFBIG, as ENOSPC on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+try:
+    merge(Path(sys.argv[1]) / "adapter", output=Path(sys.argv[1]) / "out")
+except CheckpointError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("limit", [200, 20_000, 300_000])  # the config does not fit; the weights; the tokenizer
+def test_merge_on_a_full_disk_is_one_message_and_leaves_nothing(limit, tmp_path):
+    peft_adapter(tmp_path, target_modules=["q_proj"])
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.add_tokens([f"<extra {number}>" for number in range(4000)])
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter/tokenizer.json").stat().st_size > 300_000
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path), str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"{tmp_path / 'out'} cannot be written: " in done.stdout
+    assert "File too large" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_merge_that_is_broken_off_leaves_nothing(tmp_path, monkeypatch):
+    peft_adapter(tmp_path, target_modules=["q_proj"])
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge(tmp_path / "adapter", output=tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 def test_a_base_with_a_missing_tensor_is_refused(tmp_path):

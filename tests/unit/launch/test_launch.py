@@ -1,6 +1,8 @@
 """``automodel launch``: what it writes for Slurm, Kubernetes and SkyPilot, what it refuses, and what it hands to a client."""
 
 import os
+import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -56,6 +58,58 @@ def test_slurm_script(recipe, tmp_path):
     assert 'scontrol requeue "$SLURM_JOB_ID"' in text
 
 
+def test_values_with_spaces_reach_slurm_whole(tmp_path, monkeypatch):
+    """Read by sbatch itself, which says what it has understood before it looks for a controller."""
+    folder = tmp_path / "My Folder"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    options = r"""comment="it's a \"b\" c\\d # e" --exclusive mem=0"""
+    recipe = ["-c", str(tmp_path / "My Recipe.yaml"), *SIZE]
+    assert main(["launch", "slurm", *recipe, "--sbatch", options, "--output", "job", "--dry-run"]) == 0
+    directives = [line for line in (folder / "job").read_text().splitlines() if line.startswith("#SBATCH")]
+    assert [line for line in directives if "exclusive" in line or "mem" in line] == [
+        "#SBATCH --exclusive", "#SBATCH --mem=0"
+    ]  # fmt: skip
+    if not shutil.which("sbatch"):
+        pytest.skip("sbatch is not installed")
+    (tmp_path / "slurm.conf").write_text(
+        "ClusterName=none\nSlurmctldHost=localhost\nSlurmctldPort=1\nMessageTimeout=1\n"
+    )
+    environment = {**os.environ, "SLURM_CONF": str(tmp_path / "slurm.conf")}
+    sbatch = subprocess.run(["sbatch", "-v", "job"], env=environment, capture_output=True, text=True)
+    read = dict(re.findall(r"sbatch: (\S+) +: (.*)", sbatch.stderr))
+    assert read["comment"] == r"""it's a "b" c\d # e"""
+    assert read["chdir"] == str(folder)
+    assert "exclusive" in read
+
+
+def container_mounts(text):
+    """The folders that the container of a script is given, where it has them."""
+    (mounts,) = (w for w in shlex.split(text[text.index("srun") :].split("finetune")[0]) if "container-mounts" in w)
+    pairs = [mount.split(":") for mount in mounts.partition("=")[2].split(",")]
+    assert all(source == target for source, target in pairs)
+    return {source for source, _ in pairs}
+
+
+def test_a_container_is_given_where_checkpoints_go_and_the_caches(tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_HOME", raising=False)
+    image = ["--image", "my#image"]
+    work = tmp_path / "work"
+    shared, scratch, cache = (tmp_path / name for name in ("shared", "a scratch", "cache"))
+    for folder in (work, shared, scratch, cache):
+        folder.mkdir()
+    shutil.copy("My Recipe.yaml", work)
+    monkeypatch.chdir(work)
+    assert container_mounts(write("slurm", *image)) == {str(work)}  # checkpoints/ is in it
+    os.remove("job")
+    monkeypatch.setenv("HF_HOME", str(cache))
+    text = write("slurm", *image, "--checkpoint.checkpoint_dir", str(shared / "runs/a"))
+    assert container_mounts(text) == {str(work), str(shared), str(cache)}
+    os.remove("job")
+    (work / "checkpoints").symlink_to(scratch)
+    assert str(scratch) in container_mounts(write("slurm", *image, "--checkpoint.checkpoint_dir", "checkpoints/a"))
+
+
 def test_overrides_reach_the_ranks_as_they_were_written(tmp_path):
     (tmp_path / "automodel").mkdir()
     text = write("slurm", "--dataset.path_or_dataset_id=/data/it's $HOME/*.jsonl")
@@ -94,8 +148,21 @@ def test_skypilot_task(recipe):
     assert task["file_mounts"]["/keep"] == {"source": "s3://runs", "mode": "MOUNT_CACHED"}
     assert task["file_mounts"]["/tmp/automodel/recipe.yaml"] == str(recipe)
     assert task["setup"].strip() == "pip install ."
+    assert task["name"] == "my-recipe"
     subprocess.run(["bash", "-n"], input=task["run"], text=True, check=True)
     assert '--rdzv-endpoint "$head_ip:29400"' in task["run"]
+
+
+def test_skypilot_reads_back_what_it_was_given():
+    setup = "\npip install uv\nif true; then\n  uv sync\nfi\n"
+    task = yaml.safe_load(write("skypilot", "--accelerator", "H100", "--setup", setup, "--job-name", "on"))
+    assert task["name"] == "on"
+    assert task["setup"].strip() == setup.strip()
+
+
+def test_kubernetes_retries_and_grace():
+    job = list(yaml.safe_load_all(write("k8s", *K8S, "--retries", "0", "--grace-seconds", "300")))[2]["spec"]
+    assert (job["backoffLimit"], job["template"]["spec"]["terminationGracePeriodSeconds"]) == (0, 300)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +178,13 @@ def test_skypilot_task(recipe):
         (["k8s", "-c", "My Recipe.yaml", "--image", "x"], "write --claim NAME:/PATH"),
         (["k8s", "-c", "My Recipe.yaml", "--image", "x", "--claim", "a:/data"], "lost with its pod"),
         (["k8s", "-c", "My Recipe.yaml", *K8S, "--job-name", "My_Job"], "small letters"),
+        (["k8s", "-c", "My Recipe.yaml", *K8S, "--retries", "many"], "--retries many: not a number of 0 or more"),
+        (["k8s", "-c", "My Recipe.yaml", *K8S, "--grace-seconds", "x"], "--grace-seconds x: not a number of 1 or more"),
+        (["slurm", "-c", "My Recipe.yaml", "--sbatch", "comment='a b"], "no closing quotation; quote a value"),
+        (
+            ["slurm", "-c", "My Recipe.yaml", "--image", "a", "--checkpoint.checkpoint_dir", "/nowhere-here/a"],
+            "checkpoint.checkpoint_dir=/nowhere-here/a: nothing of it exists here",
+        ),
         (["skypilot", "-c", "My Recipe.yaml"], "write --accelerator H100"),
         (["skypilot", "-c", "My Recipe.yaml", "--accelerator", "H100"], "write --setup"),
         (["skypilot", "-c", "My Recipe.yaml", *SKY, "--spot"], "lost with the machine"),
