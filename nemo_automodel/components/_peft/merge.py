@@ -28,7 +28,6 @@ CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _UNSUPPORTED = ("layer_replication", "trainable_token_indices", "megatron_config", "use_bdlora", "kasa_config")
 _UNMERGED = ("alora_invocation_tokens", "arrow_config", "use_qalora")  # PEFT merges them neither
 _INITS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")  # that leave the base weight as it is
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any]:
@@ -171,7 +170,7 @@ def _untie(model: Any, module: Any) -> None:
 
 
 def _require_plain(weight: torch.Tensor, name: str) -> None:
-    if weight.dtype not in _DTYPES:
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise ModelError(
             f"the base model's {name} is {str(weight.dtype).removeprefix('torch.')}, quantised; "
             "pass its 16-bit original: --base MODEL"
