@@ -48,6 +48,8 @@ def _numbers(calls: Calls, file: str) -> Iterator[str]:
             )
         elif key in _NOT_NEGATIVE and value < 0:
             yield _message(node, path, "negative", "write a number such as 1e-4" if key == "lr" else "write 0 or more")
+        elif key == "min_lr_ratio" and value > 1:
+            yield _message(node, path, "above 1, so that the learning rate would rise", "write a number from 0 to 1")
         elif key == "lr" and math.isinf(value):
             yield _message(node, path, "infinite", "write a number such as 1e-4")
         elif path.startswith("step_scheduler.") and key in _AT_LEAST_ONE and value < 1:

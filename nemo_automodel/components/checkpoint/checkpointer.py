@@ -11,7 +11,6 @@ checkpoints/
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
@@ -26,7 +25,8 @@ from typing import Any
 from nemo_automodel.components.checkpoint import publish
 from nemo_automodel.components.checkpoint.background import Background, HostCopies
 from nemo_automodel.components.checkpoint.contents import Contents
-from nemo_automodel.components.checkpoint.fingerprint import compare, versions
+from nemo_automodel.components.checkpoint.fingerprint import as_saved, compare, versions
+from nemo_automodel.components.checkpoint.lock import DirectoryLock
 from nemo_automodel.components.checkpoint.publish import BEST, LATEST, Found
 from nemo_automodel.components.checkpoint.ranks import Ranks
 from nemo_automodel.components.checkpoint.resume import load_resume, read_state
@@ -43,7 +43,7 @@ class Checkpointer:
     Args:
         env: The process environment (given by the recipe); None for a single process.
         checkpoint_dir: Where checkpoints go, ``epoch_E_step_S`` each: E from 0, S optimizer steps done. On a file
-            system that all ranks share. Default ``checkpoints``.
+            system that all ranks share, and of one run at a time. Default ``checkpoints``.
         enabled: Default true; false saves nothing (``restore_from`` still works).
         restore_from: ``latest`` (the newest complete checkpoint of ``checkpoint_dir``; a fresh start, said so, where
             there is none yet, so that a requeued job needs no other command), ``best``, the name of a checkpoint, or
@@ -88,6 +88,7 @@ class Checkpointer:
         self._ranks = Ranks(env)
         self._background = Background(env) if enabled and async_save else None
         self._copies = HostCopies() if self._background is not None else None
+        self._lock = DirectoryLock(self.root)
         self.stall_s = 0.0
         self._run = uuid.uuid4().hex
         self._saved_step = 0  # the step whose state is on disk
@@ -111,6 +112,7 @@ class Checkpointer:
         started = time.perf_counter()
         if self._background is not None:
             self._background.wait()  # for the one before
+        self._lock.take(self._ranks)
         schedule: Any = state.schedule
         name = f"epoch_{schedule.epoch}_step_{schedule.step}"
         best = self._takes_best(schedule.step, name)
@@ -119,7 +121,7 @@ class Checkpointer:
         )
         meta = {"name": name, "epoch": schedule.epoch, "step": schedule.step, **self._identity()}
         with self._whole_or_nothing(name, temporary):
-            fingerprint = {**_plain(state.fingerprint), **self._surroundings(state)}
+            fingerprint = {**as_saved(state.fingerprint), **self._surroundings(state)}
             extra = {"best": best, "fingerprint": fingerprint}
             contents = Contents.of(state, temporary, self._ranks, extra, self.save_merged)
             self.save_merged = contents.merged
@@ -215,6 +217,7 @@ class Checkpointer:
         """
         self._schedule = state.schedule
         if self.enabled:
+            self._lock.take(self._ranks)
             touched = self._ranks.on_main("Cleaning up", lambda: publish.clean(self.root))
             if touched:
                 logger.info("Removed what an interrupted run left in %s: %s", self.root, ", ".join(touched))
@@ -303,7 +306,7 @@ class Checkpointer:
         )
 
     def _check(self, found: Found, saved: Mapping[str, Any], state: TrainState) -> None:
-        live = {**_plain(state.fingerprint), **self._surroundings(state)}
+        live = {**as_saved(state.fingerprint), **self._surroundings(state)}
         forbidden, harmless = compare(saved, live)
         if forbidden:
             raise IncompatibleCheckpointError(
@@ -333,6 +336,7 @@ class Checkpointer:
             self.save(state)
         if self._background is not None:
             self._background.wait()
+        self._lock.release()
         name = publish.read_pointer(self.root, LATEST)
         if not self._ranks.is_main or name is None:
             return
@@ -356,9 +360,3 @@ def _check_writable(root: Path) -> None:
         raise ConfigError(
             f"checkpoint.checkpoint_dir={root}: {existing} is not writable ({error.strerror}); write another directory"
         ) from error
-
-
-def _plain(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """As it reads after a round trip through JSON, so that tuples and lists compare equal."""
-    content: dict[str, Any] = json.loads(json.dumps(fingerprint, default=str))
-    return content
