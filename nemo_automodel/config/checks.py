@@ -50,6 +50,8 @@ def _numbers(calls: Calls, file: str) -> Iterator[str]:
             yield _message(node, path, "negative", "write a number such as 1e-4" if key == "lr" else "write 0 or more")
         elif key == "max_norm" and value <= 0:  # 0 is no clipping elsewhere; here it would leave no gradient
             yield _message(node, path, "no norm to clip to", "write a number above 0, or null to measure only")
+        elif key == "min_lr_ratio" and value > 1:
+            yield _message(node, path, "above 1, so that the learning rate would rise", "write a number from 0 to 1")
         elif key == "lr" and math.isinf(value):
             yield _message(node, path, "infinite", "write a number such as 1e-4")
         elif path.startswith("step_scheduler.") and key in _AT_LEAST_ONE and value < 1:

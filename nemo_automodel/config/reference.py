@@ -192,7 +192,7 @@ arguments. Without `_target_` the section's default target is called, which is t
 callable may take its place: its own signature then says which keys the section has.
 
 - **Overrides**: `--section.key=value` (or `--section.key value`, `--section.list.0.key=value`) overwrites or adds one value.
-- **Environment**: `${{VAR}}` and `${{VAR:default}}` are filled in; an unset variable without default is an error. They stay as written in what a run saves and prints, so secrets go there; one written out is refused. `$${{` is a literal `${{`.
+- **Environment**: `${{VAR}}` and `${{VAR:default}}` are filled in; an unset variable without default is an error. They stay as written in what a run saves and prints, so secrets go there; one written out is refused. `$${{` is a literal `${{`; the forms of a shell or of Hydra (`${{VAR:-default}}`, `${{oc.env:VAR}}`) are refused.
 - **Numbers and words** are those of YAML 1.2: `1e-5` is a number; `yes`, `no`, `on`, `off`, `010` and `1:30`, which YAML 1.1 reads
   as something else than written, are reported.
 - **`none`** is `null` wherever a key takes `null` and no text.

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from nemo_automodel.config.tree import Node
+if TYPE_CHECKING:
+    from nemo_automodel.config.tree import Node
 
 _NAME = re.compile(
     r"token|use_auth_token|(.+_)?((auth|access|api|hf|hub|bearer)_token|password|passwd|secret|(api|access|secret|private)_key)",
     re.IGNORECASE,
 )
 _URL = re.compile(r"\w+://[^/\s:@]*:[^/\s@]+@")
+
+
+def may_be_secret(value: str, *names: str) -> bool:
+    """Whether ``value``, of a key or a variable of one of these names, is one that nothing may be told of."""
+    return any(map(_NAME.fullmatch, names)) or _URL.match(value) is not None
 
 
 def written_secrets(node: Node, path: str = "") -> Iterator[str]:

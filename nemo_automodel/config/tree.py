@@ -6,6 +6,7 @@ written (``no``, ``010``, ``1:30``) is marked as a *trap*; validation reports it
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from nemo_automodel.config.secrets import may_be_secret
 from nemo_automodel.errors import ConfigError
 
 _CORE_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge", "value")}  # fmt: skip
@@ -28,7 +30,8 @@ _OCTAL_1_1 = re.compile(r"[-+]?0[0-9_]+")
 _SEXAGESIMAL_1_1 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 _FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?")
 _SPECIAL_FLOAT = re.compile(r"([-+]?)\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-_ENV = re.compile(r"\$\$\{|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::([^}]*))?\}")
+_ENV = re.compile(r"\$\$\{|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::([^}]*))?\}|\$\{[^}]*\}?")
+_OF_THE_SHELL = ("-", "=", "?", "+")
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,11 @@ class Reference(str):
 
     Attributes:
         quoted: Whether what it becomes is text whatever it looks like.
+        digest: Tells one value from another; None for what may be a secret.
     """
 
     quoted = False
+    digest: str | None = None
 
 
 @dataclass
@@ -137,7 +142,7 @@ def parse_value(text: str, where: Where, path: str) -> Node:
 def plain_scalar(text: str, where: Where, path: str) -> Node:
     """An unquoted scalar: environment variables filled in, then its type found."""
     value, trap = resolve_plain(interpolate(text, where, path))
-    return Node(value, where, text, trap, _reference(text, quoted=False))
+    return Node(value, where, text, trap, _reference(text, value, path, quoted=False))
 
 
 def resolve_plain(text: str) -> tuple[Any, str | None]:
@@ -169,8 +174,18 @@ def interpolate(text: str, where: Where, path: str) -> str:
 
     def fill(match: re.Match[str]) -> str:
         name, default = match[1], match[2]
-        if name is None:
+        if match[0] == "$${":
             return "${"
+        if name is None or (default is not None and (name == "env" or "${" in default)):
+            raise ConfigError(
+                f"{where} {path}={text}: {match[0]} names no environment variable; write ${{VAR}} or ${{VAR:default}}, "
+                "or $${ for a literal ${"
+            )
+        if default is not None and default.startswith(_OF_THE_SHELL):
+            raise ConfigError(
+                f"{where} {path}={text}: a default cannot start with `{default[0]}`, as in a shell; write "
+                f"${{{name}:{default[1:]}}}, without the `{default[0]}`, or run `export {name}={default}` for that value"
+            )
         value = os.environ.get(name, default)
         if value is None:
             raise ConfigError(
@@ -182,11 +197,14 @@ def interpolate(text: str, where: Where, path: str) -> str:
     return _ENV.sub(fill, text)
 
 
-def _reference(text: str, quoted: bool) -> Reference | None:
-    if not any(match[1] for match in _ENV.finditer(text)):
+def _reference(text: str, value: Any, path: str, quoted: bool) -> Reference | None:
+    variables = [match[1] for match in _ENV.finditer(text) if match[1]]
+    if not variables:
         return None
     found = Reference(text)
     found.quoted = quoted
+    if not may_be_secret(str(value), path.rpartition(".")[2], *variables):
+        found.digest = hashlib.sha256(repr(value).encode()).hexdigest()[:12]
     return found
 
 
@@ -287,7 +305,7 @@ class _Builder:
         assert isinstance(node, yaml.ScalarNode)
         if node.style in ("'", '"', "|", ">"):
             text = interpolate(node.value, where, path)
-            return Node(text, where, node.value, None, _reference(node.value, quoted=True))
+            return Node(text, where, node.value, None, _reference(node.value, text, path, quoted=True))
         return plain_scalar(node.value, where, path)
 
     def _mapping(self, node: yaml.MappingNode, path: str, depth: int) -> dict[str, Node]:

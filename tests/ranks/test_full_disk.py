@@ -43,7 +43,7 @@ def two_ranks(root, disk):
         train(state, 1)
         refused(small, state, "No space left on device")
         env.barrier()
-        assert sorted(os.listdir(f"{disk}/ckpt")) == ["LATEST", "epoch_0_step_2"]
+        assert sorted(os.listdir(f"{disk}/ckpt")) == [".lock", "LATEST", "epoch_0_step_2"]
         if env.is_main:
             subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         env.barrier()

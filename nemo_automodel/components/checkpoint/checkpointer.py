@@ -28,7 +28,8 @@ from typing import Any
 from nemo_automodel.components.checkpoint import publish
 from nemo_automodel.components.checkpoint.background import Background, HostCopies
 from nemo_automodel.components.checkpoint.contents import Contents
-from nemo_automodel.components.checkpoint.fingerprint import compare, versions
+from nemo_automodel.components.checkpoint.fingerprint import as_saved, compare, versions
+from nemo_automodel.components.checkpoint.lock import DirectoryLock
 from nemo_automodel.components.checkpoint.publish import BEST, LATEST, Found
 from nemo_automodel.components.checkpoint.ranks import Ranks
 from nemo_automodel.components.checkpoint.resume import load_resume, read_state
@@ -48,7 +49,7 @@ class Checkpointer:
     Args:
         env: The process environment (given by the recipe); None for a single process.
         checkpoint_dir: Where checkpoints go, ``epoch_E_step_S`` each: E from 0, S optimizer steps done. On a file
-            system that all ranks share. Default ``checkpoints``.
+            system that all ranks share, and of one run at a time. Default ``checkpoints``.
         enabled: Default true; false saves nothing (``restore_from`` still works).
         restore_from: ``latest`` (the newest complete checkpoint of ``checkpoint_dir``; a fresh start, said so, where
             there is none yet, so that a requeued job needs no other command), ``best``, the name of a checkpoint, or
@@ -94,6 +95,7 @@ class Checkpointer:
         self._ranks = Ranks(env)
         self._background = Background(env) if enabled and async_save else None
         self._copies = HostCopies() if self._background is not None else None
+        self._directory = DirectoryLock(self.root)
         self.stall_s = 0.0
         self._run = uuid.uuid4().hex
         self._saved_step = 0  # the step whose state is on disk
@@ -101,7 +103,9 @@ class Checkpointer:
         self._schedule: Any | None = None
         self._offered: tuple[int | None, float] | None = None  # step, validation loss
         self._best: tuple[float, str] | None = None  # validation loss, name
-        self._lock = threading.Lock()  # rank 0's, for the pointers and the two below: a save may be in the background
+        self._pointers = (
+            threading.Lock()
+        )  # rank 0's, for the pointers and the two below: a save may be in the background
         self._unpublished: str | None = None  # what is being written
         self._late: tuple[float, str] | None = None  # that it is the best so far, heard meanwhile
 
@@ -121,6 +125,7 @@ class Checkpointer:
         started = time.perf_counter()
         if self._background is not None:
             self._background.wait()  # for the one before
+        self._directory.take(self._ranks)
         schedule: Any = state.schedule
         self._schedule = schedule
         name = f"epoch_{schedule.epoch}_step_{schedule.step}"
@@ -130,7 +135,7 @@ class Checkpointer:
         )
         meta = {"name": name, "epoch": schedule.epoch, "step": schedule.step, **self._identity()}
         with self._whole_or_nothing(name, temporary):
-            fingerprint = {**_plain(state.fingerprint), **self._surroundings(state)}
+            fingerprint = {**as_saved(state.fingerprint), **self._surroundings(state)}
             extra = {"best": best, "fingerprint": fingerprint}
             contents = Contents.of(state, temporary, self._ranks, extra, self.save_merged)
             self.save_merged = contents.merged
@@ -175,7 +180,7 @@ class Checkpointer:
         return {"run": self._run, "sequence": max(newest, 0) + 1}
 
     def _publish(self, temporary: Path, name: str, best: tuple[float, str] | None) -> None:
-        with self._lock:
+        with self._pointers:
             publish.publish(temporary, self.root / name, self._run)
             publish.write_pointer(self.root, LATEST, name)
             late, self._late, self._unpublished = self._late, None, None
@@ -221,7 +226,7 @@ class Checkpointer:
             self._best = best
 
     def _make_best(self, val_loss: float, name: str) -> None:
-        with self._lock:
+        with self._pointers:
             if self._unpublished == name:
                 self._late = (val_loss, name)  # what publishes it sees to it
             else:
@@ -257,6 +262,7 @@ class Checkpointer:
         """
         self._schedule = state.schedule
         if self.enabled:
+            self._directory.take(self._ranks)
             touched = self._ranks.on_main("Cleaning up", lambda: publish.clean(self.root))
             if touched:
                 logger.info("Removed what an interrupted run left in %s: %s", self.root, ", ".join(touched))
@@ -345,7 +351,7 @@ class Checkpointer:
         )
 
     def _check(self, found: Found, saved: Mapping[str, Any], state: TrainState) -> None:
-        live = {**_plain(state.fingerprint), **self._surroundings(state)}
+        live = {**as_saved(state.fingerprint), **self._surroundings(state)}
         forbidden, harmless = compare(saved, live)
         if forbidden:
             raise IncompatibleCheckpointError(
@@ -375,6 +381,7 @@ class Checkpointer:
             self.save(state)
         if self._background is not None:
             self._background.wait()
+        self._directory.release()
         name = self._saved_name if self.enabled else None
         path = None if name is None else self.root / name
         if not self._ranks.is_main:
@@ -411,9 +418,3 @@ def _check_writable(root: Path) -> None:
         raise ConfigError(
             f"checkpoint.checkpoint_dir={root}: {existing} is not writable ({error.strerror}); write another directory"
         ) from error
-
-
-def _plain(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """As it reads after a round trip through JSON, so that tuples and lists compare equal."""
-    content: dict[str, Any] = json.loads(json.dumps(fingerprint, default=str))
-    return content

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import platform
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,11 +26,30 @@ _FREE = (
 )
 _NOT_WORTH_SAYING = ("checkpoint", "loggers", "dist_env", "certificate")
 _ABSENT = "absent"
+_OF_VALUE = re.compile(r"(.*\$\{.*) \(value #([0-9a-f]{12})\)", re.DOTALL)
 
 
 def versions() -> dict[str, str]:
     """The libraries whose update can change numbers."""
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def as_saved(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """As it reads after a round trip through JSON, so that tuples and lists compare equal.
+
+    Text that refers to the environment, ``${VAR}``, gets a hash of what it stood for (its ``digest``, if it has one).
+    """
+    content: dict[str, Any] = json.loads(json.dumps(_with_digests(fingerprint), default=str))
+    return content
+
+
+def _with_digests(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _with_digests(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_digests(item) for item in value]
+    digest = getattr(value, "digest", None) if isinstance(value, str) else None
+    return value if digest is None else f"{value} (value #{digest})"
 
 
 def compare(saved: Mapping[str, Any], live: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -67,5 +88,20 @@ def _differences(saved: Any, live: Any, path: str = "") -> Iterator[tuple[str, A
             yield from _differences(
                 saved.get(key, _ABSENT), live.get(key, _ABSENT), f"{path}.{key}" if path else str(key)
             )
-    elif saved != live and not (_ABSENT in (saved, live) and None in (saved, live)):  # a later version knows more keys
+    elif isinstance(saved, list) and isinstance(live, list) and len(saved) == len(live):
+        if any(next(_differences(old, new), None) for old, new in zip(saved, live, strict=True)):
+            yield path, saved, live
+    elif not _same(saved, live) and not (
+        _ABSENT in (saved, live) and None in (saved, live)
+    ):  # a later version knows more keys
         yield path, saved, live
+
+
+def _same(saved: Any, live: Any) -> bool:
+    """Whether they are equal; by the values behind ``${VAR}`` where both are known, else as written."""
+    if not isinstance(saved, str) or not isinstance(live, str):
+        return bool(saved == live)
+    old, new = _OF_VALUE.fullmatch(saved), _OF_VALUE.fullmatch(live)
+    if old and new:
+        return old[2] == new[2]
+    return (old[1] if old else saved) == (new[1] if new else live)

@@ -32,7 +32,7 @@ class Loggers:
     ``metrics.jsonl`` has one JSON object per logged optimizer step: ``step`` (from 1), ``epoch`` (from 0), ``loss``
     (mean per label token), ``loss_hex`` (the same float64, exactly), ``grad_norm`` (before clipping), ``lr``,
     ``num_tokens`` and ``num_label_tokens`` (over all ranks; with images ``num_images`` too), ``tokens_per_s`` (likewise), ``step_time_s``,
-    ``data_wait_s`` (the part of it in which the loop waited for data; of a mean step where not every one is logged), ``mem_gib``
+    ``data_wait_s`` (the part of it in which the loop waited for data; of a mean step since the last line, validation or save), ``mem_gib``
     (peak: of the GPU, or of the process on a CPU) and ``time`` (Unix seconds). Each validation is a line of
     ``validation.jsonl``: ``step``, ``epoch``, ``val_loss``, ``time``. A resumed run first drops what an aborted one
     wrote after the restored step; a fresh run in the same place moves older files aside.
@@ -94,9 +94,8 @@ class Loggers:
                 self._display = ProgressDisplay(self.schedule.total_steps, first_step, live=self.progress)
             for line in describe_run(model, loss_fn, self.env, self.schedule):
                 self._display.print(line)
-        self._start_time = self._clock = time.monotonic()
-        self._clock_step = first_step
-        self._waited = self._data_wait_s()
+        self._start_time = time.monotonic()
+        self._restart_clock()
 
     def train_step(
         self,
@@ -127,7 +126,7 @@ class Loggers:
         step_time = (now - self._clock) / steps
         waited = self._data_wait_s()
         data_wait = (waited - self._waited) / steps
-        self._clock, self._clock_step, self._waited = now, self.schedule.step, waited
+        self._restart_clock()
         metrics = {
             "step": self.schedule.step,
             "epoch": self.schedule.epoch,
@@ -150,7 +149,7 @@ class Loggers:
 
     def validation(self, val_loss: float) -> None:
         """Record a validation that followed the running step; its time counts for no step."""
-        self._clock = time.monotonic()
+        self._restart_clock()
         if not self.env.is_main:
             return
         metrics = {"step": self.schedule.step, "epoch": self.schedule.epoch, "val_loss": float(val_loss)}
@@ -161,7 +160,7 @@ class Loggers:
 
     def checkpoint(self, path: Any) -> None:
         """Say that a checkpoint was, or in the background is, written to ``path``; its time counts for no step."""
-        self._clock = time.monotonic()
+        self._restart_clock()
         done = "saved" if path is None or Path(path).exists() else "saving in the background:"
         self._display.print(f"step {self.schedule.step}  {done} {path}")
 
@@ -179,6 +178,12 @@ class Loggers:
         for extra in list(self._trackers):
             self._guard(extra, lambda tracker: tracker.close())
         self._trackers.clear()
+
+    def _restart_clock(self) -> None:
+        """Later times are of later steps: the device must have done those before."""
+        self._clock = time.monotonic()
+        self._clock_step: int = self.schedule.step
+        self._waited = self._data_wait_s()
 
     def _data_wait_s(self) -> float:
         return getattr(self.schedule, "data_wait_s", 0.0)  # a scheduler of one's own may not count it

@@ -168,7 +168,7 @@ def stages(root):
         assert in_child(lambda here=here: run(here, 5)) == 0, name
         compare_traces(here)
         left = sorted(path.name for path in (here / "ckpt").iterdir())
-        assert left == ["BEST", "LATEST", "epoch_0_step_4", "epoch_0_step_5"], (name, left)
+        assert left == [".lock", "BEST", "LATEST", "epoch_0_step_4", "epoch_0_step_5"], (name, left)
         print(name, "ok", flush=True)
 
 

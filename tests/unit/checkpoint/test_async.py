@@ -149,7 +149,7 @@ def test_17_a_full_disk_is_an_error_of_the_next_step_save_or_end(where, tmp_path
     assert done.returncode == 3, done.stderr
     assert "File too large" in done.stdout
     assert "epoch_0_step_3 was not saved; those saved before are intact" in done.stdout
-    assert sorted(path.name for path in (tmp_path / "ckpt").iterdir()) == ["LATEST", "epoch_0_step_2"]
+    assert sorted(path.name for path in (tmp_path / "ckpt").iterdir()) == [".lock", "LATEST", "epoch_0_step_2"]
 
 
 def test_host_memory_is_used_again():

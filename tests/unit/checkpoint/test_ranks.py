@@ -94,7 +94,7 @@ def two_ranks(root):
         checkpointer.save(state)
     assert time.monotonic() - start < 20
     env.barrier()
-    assert sorted(p.name for p in Path(root, "ckpt").iterdir()) == ["LATEST", "epoch_0_step_2"]
+    assert sorted(p.name for p in Path(root, "ckpt").iterdir()) == [".lock", "LATEST", "epoch_0_step_2"]
 
     peft = PeftConfig(match_all_linear=True, dim=3, alpha=6)
     lora = sharded(env, peft=peft)

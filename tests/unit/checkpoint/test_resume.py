@@ -16,9 +16,11 @@ from torch.optim import lr_scheduler as lrs
 from nemo_automodel.components.checkpoint import dcp, plain, publish
 from nemo_automodel.components.checkpoint.checkpointer import Checkpointer
 from nemo_automodel.components.checkpoint.dcp import load_tensors, read_index, save_tensors
+from nemo_automodel.components.checkpoint.fingerprint import as_saved, compare
 from nemo_automodel.components.checkpoint.ranks import Ranks
 from nemo_automodel.components.datasets import loader
 from nemo_automodel.components.datasets.loader import DataLoader
+from nemo_automodel.config.tree import load_yaml
 from nemo_automodel.errors import CheckpointError
 from tests.unit.checkpoint.runs import Average, logits, make_state, read_json, train
 
@@ -453,3 +455,32 @@ def test_plain_state_is_exact():
             assert type(back[key]) is type(state[key]) or key == "scalar"
     with pytest.raises(CheckpointError, match=r"'s.fn' is a builtin_function_or_method"):
         plain.encode({"fn": print}, {}, "s")
+
+
+def differences(saved, live):
+    return compare({"config": saved}, {"config": live})[0]
+
+
+def test_what_the_environment_held_must_be_the_same(tmp_path, monkeypatch):
+    (tmp_path / "r.yaml").write_text(
+        "model: {name: '${BASE}/x', token: '${TOKEN}', url: 'https://me:${TOKEN}@host'}\n"
+        "peft: {alpha: '${ALPHA}', names: ['${BASE}', 3]}\noptimizer:\n  lr: ${LR}\n"
+    )
+
+    def written(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        return load_yaml(tmp_path / "r.yaml").as_written()
+
+    first = written(BASE="a", ALPHA="16", LR="1e-3", TOKEN="hf_secret")
+    saved = as_saved(first)
+    assert "hf_secret" not in json.dumps(saved)
+    assert (saved["model"]["token"], saved["model"]["url"]) == ("${TOKEN}", "https://me:${TOKEN}@host")
+    assert first["optimizer"]["lr"] == "${LR}"  # what is printed and tracked has no hash
+
+    assert differences(saved, as_saved(written(TOKEN="hf_other", LR="0.001"))) == []
+    before = json.loads(json.dumps(first))  # a checkpoint of a version that kept no hash
+    assert differences(before, as_saved(written(BASE="b", LR="5e-2"))) == []
+    changed = differences(saved, as_saved(written(ALPHA="64")))
+    assert [line.partition(":")[0] for line in changed] == ["model.name", "peft.alpha", "peft.names", "optimizer.lr"]
+    assert changed[0].startswith("model.name: ${BASE}/x (value #")

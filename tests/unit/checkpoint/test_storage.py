@@ -4,16 +4,21 @@ P: the previous complete checkpoint is taken, with a warning that names the dama
 Numbers in test names are the rows of the fault matrix.
 """
 
+import errno
+import fcntl
+import gc
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from nemo_automodel.components.checkpoint import publish
+from nemo_automodel.components.checkpoint import lock, publish
 from nemo_automodel.components.checkpoint.checkpointer import Checkpointer
 from nemo_automodel.components.checkpoint.ranks import Ranks
 from nemo_automodel.errors import CheckpointError, ConfigError
@@ -140,7 +145,7 @@ def test_26_stale_temporaries_are_cleaned(root):
     shutil.copytree(root / "epoch_0_step_1", root / ".trash-epoch_0_step_0")
     (root / ".tmp-LATEST").write_text("epoch")
     assert resumed_step(root)[0] == 2
-    assert sorted(p.name for p in root.iterdir()) == ["LATEST", "epoch_0_step_1", "epoch_0_step_2"]
+    assert sorted(p.name for p in root.iterdir()) == [".lock", "LATEST", "epoch_0_step_1", "epoch_0_step_2"]
 
 
 def test_7_killed_while_replacing_a_step_the_old_one_is_given_back(root):
@@ -155,7 +160,7 @@ def test_7_saving_a_step_again_replaces_it(root):
     Checkpointer(None, str(root), keep_last=None).save(state)
     assert read_json(root / "epoch_0_step_2/manifest.json")["sequence"] == before + 1
     assert resumed_step(root)[0] == 2
-    assert not list(root.glob(".*"))
+    assert list(root.glob(".*")) == [root / ".lock"]
 
 
 def test_28_order_does_not_come_from_the_clock(root):
@@ -167,7 +172,7 @@ def test_28_order_does_not_come_from_the_clock(root):
 def test_14_the_first_start_of_a_requeued_job_is_fresh_and_says_so(tmp_path, caplog):
     assert resumed_step(tmp_path / "new")[0] is None
     assert "no checkpoint in" in caplog.text
-    assert not (tmp_path / "new").exists()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [".lock"]
 
 
 def test_what_was_asked_for_by_name_must_be_there_and_sound(root):
@@ -204,7 +209,8 @@ def test_a_fresh_start_keeps_an_earlier_runs_checkpoints_of_the_same_name(root, 
         train(state, 1)
         checkpointer.save(state)
     kept = {step: next(root.glob(f"epoch_0_step_{step}.*")) for step in (1, 2)}
-    assert {p.name for p in root.iterdir()} == {"LATEST", "epoch_0_step_4", *(path.name for path in kept.values())}
+    names = {p.name for p in root.iterdir()}
+    assert names == {".lock", "LATEST", "epoch_0_step_4", *(path.name for path in kept.values())}
     for step, path in kept.items():
         assert publish.damage(path, Ranks(None)) == []
         assert read_json(path / "manifest.json") == earlier[step]
@@ -227,7 +233,7 @@ def test_two_earlier_runs_of_the_same_name_are_both_kept(root):
     os.utime(next(root.glob("epoch_0_step_1.*")) / "manifest.json", (10**9, 10**9))
     Checkpointer(None, str(root)).save(state)
     assert len(list(root.glob("epoch_0_step_1.*"))) == 3
-    assert not list(root.glob(".*"))
+    assert list(root.glob(".*")) == [root / ".lock"]
 
 
 def test_killed_while_keeping_an_earlier_runs_both_are_whole(root, monkeypatch):
@@ -248,7 +254,7 @@ def test_killed_while_keeping_an_earlier_runs_both_are_whole(root, monkeypatch):
     assert publish.read_pointer(root, "LATEST") is None
     assert resumed_step(root)[0] == 1
     assert resumed_step(root, str(kept))[0] == 2
-    assert not list(root.glob(".*"))
+    assert list(root.glob(".*")) == [root / ".lock"]
 
 
 def test_an_older_run_with_more_steps_does_not_win(root, tmp_path):
@@ -269,6 +275,7 @@ def test_retention_keeps_latest_best_and_the_last(tmp_path):
         checkpointer.offer_best(loss)
         checkpointer.save(state)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".lock",
         "BEST",
         "LATEST",
         "epoch_0_step_2",
@@ -461,7 +468,7 @@ for limit in (2_000, 60_000):  # almost every file; only the tensors
 def test_16_a_write_that_fails_leaves_the_old_intact(tmp_path):
     done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.count("checkpoint epoch_0_step_2 was not saved; those saved before are intact") == 2, done.stdout
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "epoch_0_step_1"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "LATEST", "epoch_0_step_1"]
     assert publish.damage(tmp_path / "epoch_0_step_1", Ranks(None)) == []
 
 
@@ -490,3 +497,98 @@ def test_messages_name_the_bad_option():
 @pytest.fixture(autouse=True)
 def _info(caplog):
     caplog.set_level(logging.INFO)
+
+
+HOLDS = """
+import os, sys, time
+from nemo_automodel.components.checkpoint.checkpointer import Checkpointer
+from tests.unit.checkpoint.runs import make_state, train
+state = make_state()
+checkpointer = Checkpointer(None, sys.argv[1])
+checkpointer.restore(state)
+train(state, 1)
+checkpointer.save(state)
+if os.fork() == 0:  # a data worker that outlives its run
+    print("saved", flush=True)
+    time.sleep(60)
+    os._exit(0)
+if "finish" in sys.argv:
+    checkpointer.finish(state)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def other_run(tmp_path):
+    """Starts a run in a process of its own, which stays after its first save; its worker too."""
+    started = []
+
+    def start(*arguments):
+        command = [sys.executable, "-c", HOLDS, str(tmp_path), *arguments]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        started.append(process)
+        assert "saved\n" in iter(process.stdout.readline, "")
+        return process
+
+    yield start
+    for process in started:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_second_run_in_the_same_directory_is_refused_until_the_first_is_gone(tmp_path, other_run, monkeypatch):
+    other = other_run()
+    unpublished = tmp_path / ".tmp-epoch_0_step_2"
+    unpublished.mkdir()
+    monkeypatch.setattr(lock, "_WAIT_S", 0.5)
+    state = make_state()
+    names_it = rf"another run is saving in .* \(pid {other.pid} on .*\); write another checkpoint\.checkpoint_dir"
+    for attempt in (lambda c: c.restore(state), lambda c: c.save(state)):
+        with pytest.raises(ConfigError, match=names_it):
+            attempt(Checkpointer(None, str(tmp_path), restore_from="latest"))
+    assert unpublished.is_dir()
+    monkeypatch.setattr(lock, "_WAIT_S", 30.0)
+    killer = threading.Timer(1.0, other.kill)  # while the second waits, as a requeued job does
+    killer.start()
+    assert Checkpointer(None, str(tmp_path), restore_from="latest").restore(state)
+    killer.join()
+    assert not unpublished.exists()
+
+
+def test_a_run_that_has_finished_lets_the_next_one_save(tmp_path, other_run):
+    other = other_run("finish")
+    state = make_state()
+    assert Checkpointer(None, str(tmp_path), restore_from="latest").restore(state)
+    assert other.poll() is None
+
+
+def test_a_process_may_start_its_next_run_before_the_last_one_is_forgotten(tmp_path):
+    first, second = Checkpointer(None, str(tmp_path)), Checkpointer(None, str(tmp_path))
+    state = make_state()
+    first.restore(state)
+    second.restore(state)
+    held = list(lock._here.values())
+    first.finish(state)
+    assert list(lock._here.values()) == held
+    del held, second
+    gc.collect()
+    assert tmp_path.resolve() / ".lock" not in lock._here
+
+
+@pytest.mark.parametrize("failing", ["flock", "open"])
+def test_without_locks_the_run_says_so_once_and_goes_on(tmp_path, failing, monkeypatch, caplog):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    if failing == "flock":
+        monkeypatch.setattr(fcntl, "flock", refuse)
+    else:
+        (tmp_path / ".lock").mkdir()
+    caplog.set_level(logging.INFO)
+    state = make_state()
+    checkpointer = Checkpointer(None, str(tmp_path))
+    checkpointer.restore(state)
+    train(state, 1)
+    assert checkpointer.save(state).is_dir()
+    assert caplog.text.count("cannot be locked") == 1

@@ -91,6 +91,7 @@ def test_base_is_good(recipe):
         ("checkpoint:\n  save_merged: true", r":6 checkpoint\.save_merged=true: there are no adapters to merge, since there is no `peft` section"),
         ("checkpoint:\n  checkpoint_dir: r.yaml/out", r":6 checkpoint\.checkpoint_dir=r\.yaml/out: .*r\.yaml is a file; name a folder"),
         ("checkpoint:\n  restore_from: epoch_0_step_9", r":6 checkpoint\.restore_from=epoch_0_step_9: nothing to restore; checkpoints holds no complete checkpoint"),
+        ("lr_scheduler:\n  min_lr_ratio: 1.5", r":6 lr_scheduler\.min_lr_ratio=1\.5: above 1, .*write a number from 0 to 1"),
         ("per_device_train_batch_size: 2", r":5 per_device_train_batch_size=2: unknown section; did you mean `step_scheduler\.local_batch_size`, which other trainers call `per_device_train_batch_size`\?"),
         ("max_steps: 2", r":5 max_steps=2: unknown section; did you mean `step_scheduler\.max_steps`\?"),
         ("step_scheduler:\n  learning_rate: 2", r":6 step_scheduler\.learning_rate=2: .*did you mean `optimizer\.lr`, which other trainers call `learning_rate`\?"),

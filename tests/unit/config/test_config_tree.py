@@ -142,6 +142,33 @@ def test_environment_variables(tmp_path, monkeypatch):
     assert root.plain() == {"a": "here/x", "b": 3, "c": "3", "d": 1e-5, "e": "${WHERE}", "f": None}
 
 
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("${UNSET:-3}", r"a default cannot start with `-`, .*write \$\{UNSET:3\}, .*`export UNSET=-3`"),
+        ("'${UNSET:-}'", r"write \$\{UNSET:\}"),
+        ("${HOME:-x}", r"write \$\{HOME:x\}"),
+        ("${UNSET:=x}", r"a default cannot start with `=`"),
+        ("${UNSET:?not set}", r"a default cannot start with `\?`"),
+        ("${UNSET:+x}", r"a default cannot start with `\+`"),
+        ('"${oc.env:HOME,x}"', r"\$\{oc\.env:HOME,x\} names no environment variable; write .*\$\$\{ for a literal"),
+        ("'${HOME,x}'", r"\$\{HOME,x\} names no environment variable"),
+        ("${env:HOME}", r"\$\{env:HOME\} names no environment variable"),
+        ("a ${HOME", r"\$\{HOME names no environment variable"),
+        ("${UNSET:${HOME}}", r"names no environment variable"),
+        ("|\n  {{ x }} ${y.z}\n", r"\$\{y\.z\} names no environment variable"),
+    ],
+)
+def test_references_of_a_shell_or_of_hydra_are_refused(tmp_path, monkeypatch, value, says):
+    monkeypatch.delenv("UNSET", raising=False)
+    refused(tmp_path, f"a: {value}\n", r"r\.yaml:1 a=" + f"(?s:.*){says}")
+
+
+def test_what_looks_like_a_reference_can_be_escaped(tmp_path):
+    root = read(tmp_path, "a: $${UNSET:-3}\nb: '{% x %} $${y.z} $${'\nc: $HOME $x\nd: ${UNSET:x-y}\n")
+    assert root.plain() == {"a": "${UNSET:-3}", "b": "{% x %} ${y.z} ${", "c": "$HOME $x", "d": "x-y"}
+
+
 def test_unset_variable_is_an_error(tmp_path, monkeypatch):
     monkeypatch.delenv("UNSET", raising=False)
     refused(
