@@ -104,7 +104,7 @@ def test_best_never_names_what_is_not_published(tmp_path, monkeypatch):
     checkpointer._background.wait()
     checkpointer.offer_best(0.5)
     assert publish.read_pointer(tmp_path, "BEST") == "epoch_0_step_3"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["BEST", "LATEST", "epoch_0_step_3"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "BEST", "LATEST", "epoch_0_step_3"]
 
 
 FULL_DISK = """

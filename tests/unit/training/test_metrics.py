@@ -144,8 +144,8 @@ def test_a_step_logged_after_validation_or_saving_is_timed_over_the_steps_since(
             time.sleep(0.5)
             log.validation(1.0) if event == "validation" else log.checkpoint(tmp_path)
     (line,) = lines(tmp_path / "metrics.jsonl")
-    assert 0.15 <= line["step_time_s"] < 0.25
-    assert 0.05 <= line["data_wait_s"] < 0.09
+    assert 0.15 <= line["step_time_s"] < 0.5  # a step's, however slow the machine, and not what came before it
+    assert 0.05 <= line["data_wait_s"] < 0.15
     assert line["tokens_per_s"] == pytest.approx(6 / line["step_time_s"], rel=0.01)
 
 
@@ -164,7 +164,7 @@ def test_waiting_for_data_is_told_apart_from_the_step(env, tmp_path):
         time.sleep(0.1)
         log.train_step(1.0, 1.0, 1.0, count_tokens(batches), 3)
     for line in lines(tmp_path / "metrics.jsonl"):
-        assert 0.05 <= line["data_wait_s"] < 0.09
+        assert 0.05 <= line["data_wait_s"] < 0.14
         assert line["step_time_s"] >= line["data_wait_s"] + 0.1
 
 
