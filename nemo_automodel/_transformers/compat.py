@@ -158,6 +158,21 @@ def model_class_for(auto_class: Any, config: PretrainedConfig) -> type | None:
     return found[0] if isinstance(found, (tuple, list)) else found
 
 
+def rotates_by_length(model: nn.Module) -> int | None:
+    """From how many tokens on positions are encoded by other frequencies (longrope, dynamic NTK); None: by none ever.
+
+    How many there are is read off the largest position of all rows, documents and tokens of a forward together.
+    """
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if isinstance(config, PretrainedConfig) else None
+    whole = getattr(text, "rope_parameters", None) or {}
+    for part in (whole, *(value for value in whole.values() if isinstance(value, Mapping))):  # of all layers, or a kind
+        kind = str(part.get("rope_type"))
+        if kind == "longrope" or "dynamic" in kind:
+            return part.get("original_max_position_embeddings") or getattr(text, "max_position_embeddings", None)
+    return None
+
+
 def takes_positions(model: nn.Module) -> bool:
     """Whether the model's forward has ``position_ids``."""
     return "position_ids" in inspect.signature(type(model).forward).parameters

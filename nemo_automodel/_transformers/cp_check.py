@@ -44,6 +44,8 @@ def require_context_parallel(model: nn.Module) -> None:
         _refuse(model, f"it has layers that carry state from token to token without attention ({mixing})")
     if not compat.takes_positions(model):
         _refuse(model, "it takes no position_ids, so a rank could not say where in the row its tokens are")
+    if compat.rotates_by_length(model) is not None:
+        _refuse(model, "it encodes positions by how long the row is, and each rank would take its own part for it")
     if not any(p.is_meta for p in model.parameters()):
         _try_out_of_order(model)
 

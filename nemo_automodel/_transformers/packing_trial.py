@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from nemo_automodel._transformers import compat
 from nemo_automodel._transformers.packed_images_trial import require_packed_images
 from nemo_automodel._transformers.packing import FIX, PASSES_DOCUMENTS, refuse_packing
 from nemo_automodel._transformers.window_trial import shrunk_windows
@@ -31,6 +32,12 @@ def require_packing(model: nn.Module, images: bool = False) -> None:
     with images are tried instead, on its tiny twin.
     """
     refuse_packing(model)
+    if (longest := compat.rotates_by_length(model)) is not None:
+        logger.warning(
+            "%s: a document of more than %d tokens changes how positions are encoded in those packed beside it, as in "
+            "transformers those of rows beside it; keep dataset.seq_length at %d or below to rule it out",
+            type(model).__name__, longest, longest,
+        )  # fmt: skip
     _try_two_documents(model, images)
     if images:
         require_packed_images(model)  # type: ignore[arg-type]

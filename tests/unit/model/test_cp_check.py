@@ -61,6 +61,19 @@ def test_a_balance_loss_of_whole_rows_is_refused():
         require_context_parallel(model)
 
 
+LONG = {"factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
+LONGROPE = LONG | {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize("rope", [LONG | {"rope_type": "dynamic"}, LONGROPE, {"full_attention": LONGROPE}])
+def test_positions_encoded_by_the_rows_length_are_refused(rope):
+    """A rank sees its own tokens' positions only; keys of ranks would be rotated by different frequencies."""
+    model = build("llama")
+    model.config.rope_parameters = rope
+    with pytest.raises(ModelError, match=r"cp_size.*by how long the row is"):
+        require_context_parallel(model)
+
+
 def test_images_are_refused(tmp_path):
     path = write_vlm("gemma3", tmp_path / "model")
     model = NeMoAutoModelForImageTextToText.from_pretrained(str(path), dtype="float32")

@@ -127,6 +127,13 @@ def test_transformers_own_attention_packs_too(implementation: str) -> None:
     assert model.config._attn_implementation == implementation
 
 
+def test_documents_that_change_how_positions_are_encoded_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    ours, _ = pair("llama")
+    ours.config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 64}
+    require_packing(ours)
+    assert "a document of more than 64 tokens changes how positions are encoded" in caplog.text
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_leak_is_found(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose attention forgets boundaries and masks alike."""
