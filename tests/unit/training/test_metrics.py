@@ -124,18 +124,24 @@ def test_validation_and_saving_count_for_no_step(env, tmp_path):
     assert max(line["step_time_s"] for line in lines(tmp_path / "metrics.jsonl")) < 0.2
 
 
-@pytest.mark.parametrize("event", ["validation", "checkpoint"])
-def test_a_step_logged_after_validation_or_saving_is_timed_over_the_steps_since(env, tmp_path, event):
-    class SlowLoader(TwoRowLoader):
-        def steps(self, epoch, first_step=0):
-            for batches in super().steps(epoch, first_step):
-                time.sleep(0.05)
-                yield batches
+class SlowLoader(TwoRowLoader):
+    def steps(self, epoch, first_step=0):
+        for batches in super().steps(epoch, first_step):
+            time.sleep(0.05)
+            yield batches
 
+
+def waiting_for_data(env, tmp_path):
     loader, schedule = SlowLoader(), StepScheduler()
     schedule.plan(loader)
     log = Loggers(env, schedule=schedule, output_dir=str(tmp_path), progress=False)
     log.start(nn.Linear(2, 3), nn.CrossEntropyLoss())
+    return loader, schedule, log
+
+
+@pytest.mark.parametrize("event", ["validation", "checkpoint"])
+def test_a_step_logged_after_validation_or_saving_is_timed_over_the_steps_since(env, tmp_path, event):
+    loader, schedule, log = waiting_for_data(env, tmp_path)
     for batches in schedule.iterate(loader):
         time.sleep(0.1)
         if schedule.step == STEPS:
@@ -150,16 +156,7 @@ def test_a_step_logged_after_validation_or_saving_is_timed_over_the_steps_since(
 
 
 def test_waiting_for_data_is_told_apart_from_the_step(env, tmp_path):
-    class SlowLoader(TwoRowLoader):
-        def steps(self, epoch, first_step=0):
-            for batches in super().steps(epoch, first_step):
-                time.sleep(0.05)
-                yield batches
-
-    loader, schedule = SlowLoader(), StepScheduler()
-    schedule.plan(loader)
-    log = Loggers(env, schedule=schedule, output_dir=str(tmp_path), progress=False)
-    log.start(nn.Linear(2, 3), nn.CrossEntropyLoss())
+    loader, schedule, log = waiting_for_data(env, tmp_path)
     for batches in schedule.iterate(loader):
         time.sleep(0.1)
         log.train_step(1.0, 1.0, 1.0, count_tokens(batches), 3)
