@@ -24,6 +24,7 @@ from nemo_automodel._transformers.mixin import adopt
 from nemo_automodel._transformers.packing_trial import require_packing
 from nemo_automodel._transformers.parts import has_towers, part_finder, report_parts
 from nemo_automodel._transformers.tp_plan import tp_plan_for
+from nemo_automodel._transformers.tp_trace import pattern_of
 from nemo_automodel._transformers.trial import tried_on
 from nemo_automodel._transformers.window_trial import find_window
 from nemo_automodel.components._peft.lora import PeftConfig, reset_adapters
@@ -256,12 +257,25 @@ def _assemble(
         reset_adapters(model)  # once more: DoRA starts from the norms of the weights as they are now
     _checkpoint_and_compile(model, blocks, device, compute_dtype, distributed, compile)
     if distributed is not None:
+        _report_casts(model, compute_dtype)
         model = distributed.parallelize(model, blocks, compute_dtype)
     if weights is not None:
         weights.fill(model, device, offload=getattr(distributed, "offload", False))
         if peft is not None:
             reset_adapters(model)
     return model
+
+
+def _report_casts(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
+    """Say which weights transformers would not compute in ``compute_dtype``, but what shards them casts as all others."""
+    kept = compat.kept_dtype(model, compute_dtype)
+    names = [name for name, p in model.named_parameters() if p.is_floating_point()]
+    wider = dict.fromkeys(pattern_of(name) for name in names if kept(name) not in (None, compute_dtype))
+    if wider:
+        logger.warning(
+            "%s: stored in float32 as in transformers, but rounded to %s where they are used: %s",
+            type(model).__name__, str(compute_dtype).removeprefix("torch."), ", ".join(wider),
+        )  # fmt: skip
 
 
 def _adaptable(model: PreTrainedModel, peft: PeftConfig) -> Callable[[str], bool] | None:

@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from nemo_automodel import NeMoAutoModelForCausalLM, NeMoAutoModelForImageTextToText
 from nemo_automodel._transformers.blocks import find_blocks
+from nemo_automodel._transformers.tiny_twin import tiny_twin
+from nemo_automodel._transformers.twin_start import start_config
 from nemo_automodel.components._peft.linear import LoRALinear, LoRAWeight
 from nemo_automodel.components._peft.lora import PeftConfig
 from nemo_automodel.components.distributed.env import DistEnv
@@ -189,3 +191,13 @@ def test_compiled_blocks_share_one_compilation(env):
     model(torch.randn(3, 8, requires_grad=True)).sum().backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert all(block.scale.grad.dtype == torch.float32 for block in blocks)
+
+
+def test_weights_that_transformers_computes_wider_are_named(env, caplog):
+    config = tiny_twin(start_config("deepseek_v3", causal=True))
+    for dtype, said in (("float32", False), ("bfloat16", True)):
+        caplog.clear()
+        model = NeMoAutoModelForCausalLM.from_config(config, dtype=dtype, distributed=FSDP2Manager(env=env))
+        assert ("rounded to bfloat16 where they are used: model.layers.*.mlp.gate.weight" in caplog.text) is said
+        gates = [p for name, p in model.named_parameters() if name.endswith("mlp.gate.weight")]
+        assert {gate.dtype for gate in gates} == {torch.float32}
