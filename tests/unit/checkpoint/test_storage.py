@@ -509,9 +509,9 @@ checkpointer.restore(state)
 train(state, 1)
 checkpointer.save(state)
 if os.fork() == 0:  # a data worker that outlives its run
-    print("saved", flush=True)
     time.sleep(60)
     os._exit(0)
+print("saved", flush=True)
 if "finish" in sys.argv:
     checkpointer.finish(state)
 time.sleep(60)
@@ -556,8 +556,9 @@ def test_a_second_run_in_the_same_directory_is_refused_until_the_first_is_gone(t
     assert not unpublished.exists()
 
 
-def test_a_run_that_has_finished_lets_the_next_one_save(tmp_path, other_run):
+def test_a_run_that_has_finished_lets_the_next_one_save(tmp_path, other_run, monkeypatch):
     other = other_run("finish")
+    monkeypatch.setattr(lock, "_WAIT_S", 40.0)  # on a slow machine the end takes its time
     state = make_state()
     assert Checkpointer(None, str(tmp_path), restore_from="latest").restore(state)
     assert other.poll() is None
