@@ -114,9 +114,7 @@ class _NeMoAutoModel:
             model = loading.load_weights(
                 cls._auto_class, name, config, device=_device(distributed, quantization), **options
             )
-        if hasattr(
-            distributed, "wait_for_all"
-        ):  # a download may be slow on one node: no collective should trip over it
+        if hasattr(distributed, "wait_for_all"):  # a download may be slow on one node, and a collective trip over it
             distributed.wait_for_all()
         model.__dict__["_automodel_source"] = source
         model.export_dtype = loading.own_dtype(config) or compute  # type: ignore[assignment]

@@ -100,17 +100,21 @@ def _source_of_forward(module_class: Any) -> str:
         return ""
 
 
+def text_config(model: nn.Module) -> Any:
+    """The config of the text part of ``model``; None where it has none of transformers'."""
+    config = getattr(model, "config", None)
+    return config.get_text_config() if isinstance(config, PretrainedConfig) else None
+
+
 def window_size(model: nn.Module) -> int | None:
     """The sliding window that the config names, None where it names none or attention is cut into chunks instead."""
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if isinstance(config, PretrainedConfig) else None
+    text = text_config(model)
     return None if text is None or chunk_size(model) is not None else getattr(text, "sliding_window", None)
 
 
 def chunk_size(model: nn.Module) -> int | None:
     """The size of the chunks that chunked attention is cut into, None where there is none."""
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if isinstance(config, PretrainedConfig) else None
+    text = text_config(model)
     kinds = getattr(text, "layer_types", None) or ("chunked_attention",)
     return getattr(text, "attention_chunk_size", None) if "chunked_attention" in kinds else None
 
@@ -163,8 +167,7 @@ def rotates_by_length(model: nn.Module) -> int | None:
 
     How many there are is read off the largest position of all rows, documents and tokens of a forward together.
     """
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if isinstance(config, PretrainedConfig) else None
+    text = text_config(model)
     whole = getattr(text, "rope_parameters", None) or {}
     for part in (whole, *(value for value in whole.values() if isinstance(value, Mapping))):  # of all layers, or a kind
         kind = str(part.get("rope_type"))

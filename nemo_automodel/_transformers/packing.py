@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig
 
 from nemo_automodel._transformers import compat
 from nemo_automodel.errors import ModelError
@@ -43,8 +42,7 @@ def refuse_packing(model: nn.Module) -> None:
 
 def mixing_layers(model: nn.Module) -> str:
     """The non-attention layer kinds of ``model`` that mix tokens, as text; empty where there are none."""
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if isinstance(config, PretrainedConfig) else None
+    text = compat.text_config(model)
     kinds = {str(kind) for kind in getattr(text, "layer_types", None) or ()}
     found = sorted(kinds - _KEEPS_DOCUMENTS_APART)
     get_decoder: Any = getattr(model, "get_decoder", None)

@@ -103,9 +103,8 @@ class Checkpointer:
         self._schedule: Any | None = None
         self._offered: tuple[int | None, float] | None = None  # step, validation loss
         self._best: tuple[float, str] | None = None  # validation loss, name
-        self._pointers = (
-            threading.Lock()
-        )  # rank 0's, for the pointers and the two below: a save may be in the background
+        # Rank 0's, for the pointers and the two below: a save may be in the background.
+        self._pointers = threading.Lock()
         self._unpublished: str | None = None  # what is being written
         self._late: tuple[float, str] | None = None  # that it is the best so far, heard meanwhile
 

@@ -153,7 +153,10 @@ def _open_local(paths: list[str], label: str, split: str) -> Source:
     for file in chosen:
         digest.update(_digest(file))
     identity = f"{digest.hexdigest()}:{split[len(wanted) :]}"
-    load = lambda: _slice(_rows_of(chosen, label, digest.hexdigest()), split, wanted)  # noqa: E731
+
+    def load() -> datasets.Dataset:
+        return _slice(_rows_of(chosen, label, digest.hexdigest()), split, wanted)
+
     return Source(load, label, identity, tuple(str(file.absolute()) for file in chosen))
 
 

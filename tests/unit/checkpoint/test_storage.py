@@ -444,8 +444,8 @@ def test_off_saves_nothing(tmp_path):
 
 # --- a disk that refuses ----------------------------------------------------------------------------------------------
 
-FULL = """
-import resource, signal, sys
+SAVED_ONCE = """
+import os, resource, signal, sys, time
 from nemo_automodel.components.checkpoint.checkpointer import Checkpointer
 from nemo_automodel.errors import CheckpointError
 from tests.unit.checkpoint.runs import make_state, train
@@ -454,6 +454,9 @@ checkpointer = Checkpointer(None, sys.argv[1])
 checkpointer.restore(state)
 train(state, 1)
 checkpointer.save(state)
+"""
+
+FULL = f"""{SAVED_ONCE}
 train(state, 1)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writes beyond the limit fail with EFBIG, as ENOSPC on a full disk
 for limit in (2_000, 60_000):  # almost every file; only the tensors
@@ -499,15 +502,7 @@ def _info(caplog):
     caplog.set_level(logging.INFO)
 
 
-HOLDS = """
-import os, sys, time
-from nemo_automodel.components.checkpoint.checkpointer import Checkpointer
-from tests.unit.checkpoint.runs import make_state, train
-state = make_state()
-checkpointer = Checkpointer(None, sys.argv[1])
-checkpointer.restore(state)
-train(state, 1)
-checkpointer.save(state)
+HOLDS = f"""{SAVED_ONCE}
 if os.fork() == 0:  # a data worker that outlives its run
     time.sleep(60)
     os._exit(0)
