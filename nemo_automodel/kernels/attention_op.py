@@ -19,22 +19,23 @@ def attention_op(
 
     Args:
         name: of the op.
-        forward: takes what ``arguments`` says, query [B, H, S, E], key and value [B, G, S, E] first; returns the output
+        forward: takes query [B, H, S, E], key and value [B, G, S, E] and what ``arguments`` says; returns the output
             [B, S, H, E] and the log-sum-exp [B, H, S] in fp32 (fp64 for fp64), both contiguous.
-        backward: takes the output's gradient, the output, the log-sum-exp and all of ``arguments``; returns a gradient of
-            each of the first ``num_gradients`` arguments, laid out as ``torch.empty_like`` of it.
-        arguments: names and types as in a torch schema.
-        num_gradients: how many arguments have one (default 3: query, key and value).
+        backward: takes the output's gradient, the output, the log-sum-exp and all that ``forward`` takes; returns a gradient of
+            each of the first ``num_gradients`` of these, laid out as ``torch.empty_like`` of it.
+        arguments: names and types, as in a torch schema, of what follows the value.
+        num_gradients: how many have one (default 3: query, key and value).
     """
+    inputs = f"Tensor query, Tensor key, Tensor value, {arguments}"
     gradients = ", ".join(["Tensor"] * num_gradients)
     op = torch.library.custom_op(
-        f"automodel::{name}", forward, mutates_args=(), schema=f"({arguments}) -> (Tensor, Tensor)"
+        f"automodel::{name}", forward, mutates_args=(), schema=f"({inputs}) -> (Tensor, Tensor)"
     )
     backward_op = torch.library.custom_op(
         f"automodel::{name}_backward",
         backward,
         mutates_args=(),
-        schema=f"(Tensor dout, Tensor out, Tensor lse, {arguments}) -> ({gradients})",
+        schema=f"(Tensor dout, Tensor out, Tensor lse, {inputs}) -> ({gradients})",
     )
 
     @op.register_fake

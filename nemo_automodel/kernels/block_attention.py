@@ -166,5 +166,5 @@ _op = attention_op(
     "block_attention",
     _forward,
     _backward,
-    "Tensor query, Tensor key, Tensor value, Tensor blocks, float scale, int? window, Tensor? cu_seqlens, SymInt longest",
+    "Tensor blocks, float scale, int? window, Tensor? cu_seqlens, SymInt longest",
 )

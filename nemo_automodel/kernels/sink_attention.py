@@ -92,6 +92,6 @@ _op = attention_op(
     "sink_attention",
     _forward,
     _backward,
-    "Tensor query, Tensor key, Tensor value, Tensor sinks, float scale, int? window, Tensor? cu_seqlens, SymInt longest",
+    "Tensor sinks, float scale, int? window, Tensor? cu_seqlens, SymInt longest",
     num_gradients=4,
 )

@@ -117,5 +117,5 @@ _op = attention_op(
     "softcap_attention",
     _forward,
     _backward,
-    "Tensor query, Tensor key, Tensor value, float softcap, float scale, bool causal, int? window, Tensor? cu_seqlens",
+    "float softcap, float scale, bool causal, int? window, Tensor? cu_seqlens",
 )
