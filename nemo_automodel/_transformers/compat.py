@@ -407,6 +407,14 @@ def _reverse_group(name: str, converters: list[Any]) -> Any:
     return name
 
 
+def forget_quantization(model: PreTrainedModel) -> None:
+    """Let ``model``, which loading dequantised, be saved under the names of plain weights.
+
+    transformers 5.17 keeps the conversions that joined codes with scales, and would turn them round for saving.
+    """
+    vars(model).pop("_weight_conversions", None)
+
+
 def _reverted(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if not model._weight_conversions:
         return tensors

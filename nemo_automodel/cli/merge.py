@@ -82,6 +82,8 @@ def _default_output(path: Path) -> Path:
 def _load_base(name: str, revision: str | None, dtype: str) -> Any:
     import transformers
 
+    from nemo_automodel._transformers.compat import forget_quantization
+
     try:
         config = patiently(lambda: transformers.AutoConfig.from_pretrained(name, revision=revision), name)
         declared = (getattr(config, "architectures", None) or ["AutoModelForCausalLM"])[0]
@@ -93,6 +95,8 @@ def _load_base(name: str, revision: str | None, dtype: str) -> Any:
             config.quantization_config = {**quantised, "dequantize": True}
             options["config"] = config
         model, info = patiently(lambda: model_class.from_pretrained(name, **options), name)
+        if quantised:
+            forget_quantization(model)
     except (OSError, ValueError) as error:
         raise ModelError(f"{explain(error, 'model', name, revision)}; or pass where it is: --base MODEL") from error
     if info["missing_keys"]:
