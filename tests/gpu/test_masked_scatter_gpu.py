@@ -19,7 +19,7 @@ def test_the_gradient_is_the_cpus_without_waiting(dtype, width):
     source = torch.randn(int(mask.expand_as(into).sum()), dtype=dtype)
     found = []
     for device in ("cpu", "cuda"):
-        values = [t.to(device) for t in (into, source, weights, mask)]
+        values = [t.detach().to(device) for t in (into, source, weights, mask)]
         for value in values[:2]:
             value.requires_grad_()
         loss = (values[0].masked_scatter(values[3], values[1]) * values[2]).sum()

@@ -130,13 +130,15 @@ def test_the_example_trains_and_its_files_are_transformers_own(hub, home, tmp_pa
 
     image_text = "ImageTextToText" in config["model"].get("_target_", "")
     auto_class: Any = AutoModelForImageTextToText if image_text else AutoModelForCausalLM
-    plain = auto_class.from_pretrained(base, dtype=torch.float32)
+    # eager: on 5.17 scaled-dot-product attention leaves the cap of Gemma-2's scores out
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    plain = auto_class.from_pretrained(base, **options)
     assert losses[0] == pytest.approx(oracle(plain, base, config, tmp_path / "chats.jsonl"), rel=TOLERANCE)
     saved = tmp_path / f"out/epoch_0_step_{STEPS}/model"
     if "peft" in config:
         trained = PeftModel.from_pretrained(plain, str(saved))
     else:
-        trained, info = auto_class.from_pretrained(saved, dtype=torch.float32, output_loading_info=True)
+        trained, info = auto_class.from_pretrained(saved, **options, output_loading_info=True)
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
     assert last == pytest.approx(oracle(trained, base, config, tmp_path / "chats.jsonl"), rel=TOLERANCE)
