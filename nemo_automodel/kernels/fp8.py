@@ -4,7 +4,7 @@ Each row of both factors of a product has a scale of its own (largest magnitude 
 over: a token's activations with an output feature's weights forward, a token's gradients with an input feature's weights
 for dX, an output feature's gradients with an input feature's activations for dW.
 ``fp8_linear`` is for a weight that does not change: it is quantised once, a second time transposed for dX, and has no
-gradient. ``fp8_dynamic_linear`` quantises the weight as it comes (torchao's row-wise recipe does the same).
+gradient; ``fp8_lora_linear`` adds a low-rank adapter to it. ``fp8_dynamic_linear`` quantises the weight as it comes (torchao's row-wise recipe does the same).
 Quantising is plain torch, which ``torch.compile`` fuses with what made the numbers. Results are in the activation's dtype.
 """
 
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nemo_automodel.kernels.lora import INTERPRETED
 
 FP8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(FP8).max
@@ -62,6 +64,108 @@ class _Fp8Linear(torch.autograd.Function):
         return _product(dy, transposed, scales), None, None, None, None
 
 
+def fp8_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    transposed: Tensor,
+    transposed_scales: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+) -> Tensor:
+    """``fp8_linear(x, ...) + scale * (x @ lora_a^T) @ lora_b^T``, the low-rank part in x's dtype.
+
+    Args:
+        x: as in ``fp8_linear``, as the four after it.
+        weight: see ``x``.
+        scales: see ``x``.
+        transposed: see ``x``.
+        transposed_scales: see ``x``.
+        lora_a: ``[r, K]`` of any floating dtype, which its gradient comes in.
+        lora_b: ``[N, r]``, as ``lora_a``.
+        scale: alpha / r.
+    """
+    return _Fp8LoRALinear.apply(x, weight, scales, transposed, transposed_scales, lora_a, lora_b, scale)
+
+
+class _Fp8LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scales: Tensor,
+        transposed: Tensor,
+        transposed_scales: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scale: float,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        xa = (rows @ lora_a.to(x.dtype).t()) * scale
+        ctx.save_for_backward(rows, xa, transposed, transposed_scales, lora_a, lora_b)
+        ctx.scale = scale
+        y = product_with_low_rank(*quantize_rows(rows), weight, scales, xa, lora_b.t())
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        rows, xa, transposed, scales, lora_a, lora_b = ctx.saved_tensors
+        dy_rows = dy.reshape(-1, dy.shape[-1])
+        dyb = (dy_rows @ lora_b.to(dy.dtype)) * ctx.scale
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = product_with_low_rank(*quantize_rows(dy_rows), transposed, scales, dyb, lora_a)
+            dx = dx.view(*dy.shape[:-1], rows.shape[-1])
+        d_lora_a, d_lora_b = (dyb.t() @ rows).to(lora_a.dtype), (dy_rows.t() @ xa).to(lora_b.dtype)
+        return dx, None, None, None, None, d_lora_a, d_lora_b, None
+
+
+def product_with_low_rank(x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """``(x * x_scales) @ (w * w_scales)^T + u @ v`` [T, N] in u's dtype.
+
+    On Hopper one Triton kernel, which ``torch.compile`` takes as it is; elsewhere a product each and their sum.
+
+    Args:
+        x: e4m3 ``[T, F]``.
+        x_scales: fp32 ``[T, 1]``.
+        w: e4m3 ``[N, F]``.
+        w_scales: fp32 ``[N, 1]``.
+        u: bf16 ``[T, r]``, r at most ``lora.MAX_RANK``.
+        v: ``[r, N]`` of any floating dtype and any strides; rounded to u's dtype.
+    """
+    return torch.ops.automodel.fp8_product_with_low_rank(x, x_scales, w, w_scales, u, v)
+
+
+def _product_with_low_rank(x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    if x.shape[0] > 0 and _joins_products(x.device):
+        from nemo_automodel.kernels import fp8_triton
+
+        return fp8_triton.product_with_low_rank(x.contiguous(), x_scales, w, w_scales, u.contiguous(), v)
+    return _multiply(x, x_scales, w, w_scales, u.dtype).addmm_(u, v.to(u.dtype))
+
+
+def _joins_products(device: torch.device) -> bool:
+    """Whether the kernel is for this device: made for Hopper's units and measured there alone."""
+    if device.type == "cuda":
+        return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+    return INTERPRETED
+
+
+_library = torch.library.Library("automodel", "FRAGMENT")  # without custom_op's layers, which take longer than the call
+_library.define(
+    "fp8_product_with_low_rank(Tensor x, Tensor x_scales, Tensor w, Tensor w_scales, Tensor u, Tensor v) -> Tensor"
+)
+for _key in ("CUDA", "CPU"):
+    _library.impl("fp8_product_with_low_rank", _product_with_low_rank, _key)
+
+
+@torch.library.register_fake("automodel::fp8_product_with_low_rank")
+def _(x, x_scales, w, w_scales, u, v):
+    return u.new_empty(x.shape[0], w.shape[0])
+
+
 def fp8_dynamic_linear(x: Tensor, weight: Tensor, fp8_grad_weight: bool) -> Tensor:
     """``x @ W^T`` and dX in FP8, from a weight that is quantised in each of them.
 
@@ -102,9 +206,12 @@ def _grad_weight_in_fp8(dy: Tensor, x: Tensor) -> Tensor:
 
 def _product(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     """``x`` [..., F] times the transpose of the quantised ``weight`` [M, F] -> [..., M] in x's dtype."""
-    values, x_scales = quantize_rows(x.reshape(-1, x.shape[-1]))
-    if x.is_cuda:
-        y = torch._scaled_mm(values, weight.t(), x_scales, scales.t(), out_dtype=x.dtype, use_fast_accum=True)
-    else:
-        y = ((values.float() @ weight.float().t()) * x_scales * scales.t()).to(x.dtype)
+    y = _multiply(*quantize_rows(x.reshape(-1, x.shape[-1])), weight, scales, x.dtype)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _multiply(x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(x * x_scales) @ (w * w_scales)^T`` in ``dtype``."""
+    if x.is_cuda:
+        return torch._scaled_mm(x, w.t(), x_scales, w_scales.t(), out_dtype=dtype, use_fast_accum=True)
+    return ((x.float() @ w.float().t()) * x_scales * w_scales.t()).to(dtype)

@@ -64,6 +64,32 @@ def test_trained_weights_too(tokens, k, n, fp8_grad_weight):
         assert error(value, exact) < 0.05
 
 
+@pytest.mark.parametrize("rank", [4, 16, 128])
+@pytest.mark.parametrize(
+    ("tokens", "k", "n"), [(8192, 4096, 14336), (4096, 14336, 4096), (8192, 4096, 1024), (33, 512, 272), (1, 256, 256)]
+)
+def test_a_low_rank_product_joins_with_one_rounding_and_without_waiting(tokens, k, n, rank):
+    """No further from the exact sum than the two products on their own and added; fp32 factors, either way round."""
+    g = torch.Generator("cuda").manual_seed(0)
+    x, w = (torch.randn(rows, k, device="cuda", generator=g).bfloat16() for rows in (tokens, n))
+    u = torch.randn(tokens, rank, device="cuda", generator=g).bfloat16()
+    (x, x_scales), (w, w_scales) = fp8.quantize_rows(x), fp8.quantize_rows(w)
+    for v in (torch.randn(n, rank, device="cuda", generator=g).t(), torch.randn(rank, n, device="cuda", generator=g)):
+        low_rank = u.double() @ v.bfloat16().double()
+        apart = torch._scaled_mm(x, w.t(), x_scales, w_scales.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
+        apart = apart + u @ v.bfloat16()
+        exact = (x.double() * x_scales) @ (w.double() * w_scales).t() + low_rank
+        fp8.product_with_low_rank(x, x_scales, w, w_scales, u, v)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            joined = fp8.product_with_low_rank(x, x_scales, w, w_scales, u, v)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert error(joined, exact) <= error(apart, exact)
+        assert torch.equal(joined, fp8.product_with_low_rank(x, x_scales, w, w_scales, u, v))
+
+
 class Block(nn.Module):
     def __init__(self, hidden=512, inner=1408):
         super().__init__()

@@ -19,7 +19,14 @@ from torch.distributed.tensor import DTensor
 
 from nemo_automodel.components.quantization.linears import block_linears, computes_plainly, with_mixin
 from nemo_automodel.errors import ConfigError
-from nemo_automodel.kernels.fp8 import MULTIPLE, fp8_dynamic_linear, fp8_linear, has_units, quantize_rows
+from nemo_automodel.kernels.fp8 import (
+    MULTIPLE,
+    fp8_dynamic_linear,
+    fp8_linear,
+    fp8_lora_linear,
+    has_units,
+    quantize_rows,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +147,11 @@ class Fp8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` -> ``[..., out]``."""
         y = fp8_linear(x, *self.fp8_copies())
+        return y if self.bias is None else y + self.bias
+
+    def forward_adapted(self, x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+        """``forward(x) + scale * (x @ lora_a^T) @ lora_b^T``, both products by one kernel where there is one."""
+        y = fp8_lora_linear(x, *self.fp8_copies(), lora_a, lora_b, scale)
         return y if self.bias is None else y + self.bias
 
     def fp8_copies(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ from nemo_automodel.components._peft.linear import LoRALinear
 from nemo_automodel.components._peft.lora import PeftConfig
 from nemo_automodel.components.quantization.fp8 import Fp8Config, Fp8DynamicLinear, fp8_layers, quantize
 from nemo_automodel.errors import ConfigError
-from nemo_automodel.kernels.fp8 import FP8, fp8_dynamic_linear, fp8_linear, quantize_rows
+from nemo_automodel.kernels.fp8 import FP8, fp8_dynamic_linear, fp8_linear, fp8_lora_linear, quantize_rows
 from tests.builders import tiny_config
 
 
@@ -54,6 +54,35 @@ def test_products_and_gradient_are_those_of_the_quantised_operands():
     torch.testing.assert_close(y.double(), exact(x, *copies[:2]), rtol=2**-8, atol=1e-6)
     torch.testing.assert_close(x.grad.double(), exact(dy, *copies[2:]), rtol=2**-8, atol=1e-6)
     torch.testing.assert_close(y.float(), nn.functional.linear(x, weight).float(), rtol=0, atol=1.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [(2, 5), (0,)])
+def test_adapters_products_and_gradients_beside_it(tokens, dtype):
+    """Against autograd through the sum of the quantised product and the low-rank one, in float64 but for the operands."""
+    x = torch.randn(*tokens, 32, dtype=torch.bfloat16, requires_grad=True)
+    weight, dy = torch.randn(48, 32, dtype=torch.bfloat16), torch.randn(*tokens, 48, dtype=torch.bfloat16)
+    lora_a, lora_b = (torch.randn(*shape).to(dtype).requires_grad_() for shape in ((4, 32), (48, 4)))
+    copies = (*quantize_rows(weight), *quantize_rows(weight.t().contiguous()))
+    y = fp8_lora_linear(x, *copies, lora_a, lora_b, 0.5)
+    y.backward(dy)
+
+    leaf, a, b = (t.detach().bfloat16().double().requires_grad_() for t in (x, lora_a, lora_b))
+    low_rank = 0.5 * (leaf @ a.t()) @ b.t()
+    low_rank.backward(dy.double())
+    base = x.detach().clone().requires_grad_()
+    alone = fp8_linear(base, *copies)
+    alone.backward(dy)
+    assert y.shape == alone.shape
+    assert y.dtype == x.dtype
+    for found, expected in (
+        (y, alone.double() + low_rank),
+        (x.grad, base.grad.double() + leaf.grad),
+        (lora_a.grad, a.grad),
+        (lora_b.grad, b.grad),
+    ):
+        torch.testing.assert_close(found.double(), expected, rtol=2**-6, atol=0.1)
+    assert lora_a.grad.dtype == lora_b.grad.dtype == dtype
 
 
 def test_a_model_keeps_its_names_and_values_and_computes_nearly_the_same(caplog):
