@@ -219,11 +219,11 @@ def ours_deterministic(workload: Workload, device: torch.device) -> Contender:
     return ours(workload, device)
 
 
-def ours_fp8(workload: Workload, device: torch.device) -> Contender:
+def ours_fp8(workload: Workload, device: torch.device, **options: Any) -> Contender:
     """Ours with the frozen base in FP8."""
     from nemo_automodel.components.quantization.fp8 import Fp8Config, quantize
 
-    contender = ours(workload, device, fp8=Fp8Config())
+    contender = ours(workload, device, fp8=Fp8Config(), **options)
     quantize(contender.model)  # once more, since the weights were filled after the model was built
     return contender
 
@@ -297,6 +297,7 @@ ONLY_IN: dict[str, dict[str, Builder]] = {
         "ours, tuned": lambda w, d: ours_static(w, d, peft={"lora_dtype": "bfloat16"}),
         "ours, use_triton: false": lambda w, d: ours(w, d, peft={"use_triton": False}),
         "ours, fp8": ours_fp8,
+        "ours, fp8, use_triton: false": lambda w, d: ours_fp8(w, d, peft={"use_triton": False}),
     },
     "B": {
         FP32_MASTERS: transformers_with_masters,

@@ -1,6 +1,6 @@
-"""LoRA over FP8 base weights beside LoRA over bf16 ones, in one process: the products, the step of A, a long loss curve.
+"""LoRA over FP8 base weights beside LoRA over bf16 ones, in one process: products, the step of A, a long loss curve.
 
-python -m benchmarks.fp8 [--parts products step curve] [--steps 15] [--curve 300] [--cpu] [--out DIR]
+python -m benchmarks.fp8 [--parts products joined step curve] [--steps 15] [--curve 300] [--cpu] [--out DIR]
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import gc
 import itertools
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ import torch
 from benchmarks.common import milliseconds, write
 from benchmarks.step import measure
 from benchmarks.workloads import WORKLOADS, Workload, tiny
-from nemo_automodel.kernels.fp8 import quantize_rows
+from nemo_automodel.kernels.fp8 import product_with_low_rank, quantize_rows
 
 CONTENDERS = ("ours, fp8", "ours")
 SHAPES = ((8192, 4096, 4096), (8192, 4096, 14336), (8192, 14336, 4096))  # tokens, in, out
+RANK = 16
 COLUMNS = ["part", "what", "tok/s", "step ms", "spread ms", "peak GiB", "ms", "TFLOP/s", "error", "accumulation error",
            "last loss", "largest difference"]  # fmt: skip
 
@@ -57,6 +59,30 @@ def products() -> list[dict[str, Any]]:
     return rows
 
 
+def joined() -> list[dict[str, Any]]:
+    """A product in FP8 with a low-rank one added by the kernel that makes it, and by products of their own."""
+    rows = []
+    generator = torch.Generator("cuda").manual_seed(0)
+    for tokens, k, n in SHAPES:
+        x, weight = (torch.randn(m, k, device="cuda", generator=generator).bfloat16() for m in (tokens, n))
+        u, v = (torch.randn(m, RANK, device="cuda", generator=generator).bfloat16() for m in (tokens, n))
+        (a, s), (b, t) = quantize_rows(x), quantize_rows(weight)
+        exact = (a[:256].double() * s[:256]) @ (b.double() * t).t() + u[:256].double() @ v.double().t()
+        alone = partial(torch._scaled_mm, a, b.t(), s, t.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
+        ways = {
+            "fp8 and low-rank in one": partial(product_with_low_rank, a, s, b, t, u, v.t()),
+            "fp8, low-rank, their sum": lambda alone=alone, u=u, v=v: alone() + u @ v.t(),
+            "fp8 alone": alone,
+        }
+        for name, way in ways.items():
+            median, _ = milliseconds(way, 3, 12)
+            off = ((way()[:256].double() - exact).norm() / exact.norm()).item()
+            error = {} if name == "fp8 alone" else {"accumulation error": float(f"{off:.2e}")}
+            found = {"part": "joined", "what": f"{tokens} x {k} x {n}, rank {RANK}, {name}", "ms": round(median, 3)}
+            rows.append({**found, "TFLOP/s": round(2 * tokens * k * n / median / 1e9), **error})
+    return rows
+
+
 def one_step(workload: Workload, device: torch.device, steps: int) -> list[dict[str, Any]]:
     """The optimizer step of both."""
     rows = [{"part": "step", "what": name, **_measured(name, workload, device, 5, steps)} for name in CONTENDERS]
@@ -89,9 +115,8 @@ def _compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> int:
     """Run the parts asked for; what is done is written after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--parts", nargs="+", choices=["products", "step", "curve"], default=["products", "step", "curve"]
-    )
+    every = ["products", "joined", "step", "curve"]
+    parser.add_argument("--parts", nargs="+", choices=every, default=every)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--curve", type=int, default=300)
     parser.add_argument("--cpu", action="store_true", help="tiny shapes on the CPU, to exercise the program")
@@ -103,6 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     shallow = whole if arguments.cpu else shallow
     parts = {
         "products": products,
+        "joined": joined,
         "step": lambda: one_step(whole, device, arguments.steps),
         "curve": lambda: curve(shallow, device, arguments.curve),
     }
