@@ -255,7 +255,9 @@ def _assemble(
         reset_adapters(model)  # once more: DoRA starts from the norms of the weights as they are now
     _checkpoint_and_compile(model, blocks, device, compute_dtype, distributed, compile)
     if distributed is not None:
-        _report_casts(model, compute_dtype)
+        _keep_wide(
+            model, compute_dtype, several=sizes is not None and sizes.dp_replicate * sizes.dp_shard * sizes.cp > 1
+        )
         model = distributed.parallelize(model, blocks, compute_dtype)
     if weights is not None:
         weights.fill(model, device, offload=getattr(distributed, "offload", False))
@@ -264,15 +266,19 @@ def _assemble(
     return model
 
 
-def _report_casts(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
-    """Say which weights transformers would not compute in ``compute_dtype``, but what shards them casts as all others."""
+def _keep_wide(model: PreTrainedModel, compute_dtype: torch.dtype, several: bool) -> None:
+    """Have the weights that transformers insists on computing wider left as they are, which one rank can; say where not."""
     kept = compat.kept_dtype(model, compute_dtype)
     names = [name for name, p in model.named_parameters() if p.is_floating_point()]
-    wider = dict.fromkeys(pattern_of(name) for name in names if kept(name) not in (None, compute_dtype))
-    if wider:
+    wider = [name for name in names if kept(name) not in (None, compute_dtype)]
+    for name in wider:
+        path, _, last = name.rpartition(".")
+        owner: Any = model.get_submodule(path)
+        owner.cast_where_used = (*getattr(owner, "cast_where_used", ()), last)
+    if wider and several:
         logger.warning(
-            "%s: stored in float32 as in transformers, but rounded to %s where they are used: %s",
-            type(model).__name__, str(compute_dtype).removeprefix("torch."), ", ".join(wider),
+            "%s: stored in float32 as in transformers, but on several ranks rounded to %s where they are used: %s",
+            type(model).__name__, str(compute_dtype).removeprefix("torch."), ", ".join(dict.fromkeys(map(pattern_of, wider))),
         )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ a step, and the device five copies of its weights, so there weights are cast in 
 (``cast_weights``) and no block is a unit of it.
 
 A module may say that it casts weights of its own to the dtype of the activations wherever it uses them, by their names:
-``cast_where_used = ("weight",)``. Adapters do.
+``cast_where_used = ("weight",)``. Adapters do, and what holds weights that transformers insists on computing wider.
 """
 
 from __future__ import annotations

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
 from nemo_automodel import NeMoAutoModelForCausalLM, NeMoAutoModelForImageTextToText
+from nemo_automodel._transformers.auto_model import _keep_wide
 from nemo_automodel._transformers.blocks import find_blocks
 from nemo_automodel._transformers.tiny_twin import tiny_twin
 from nemo_automodel._transformers.twin_start import start_config
@@ -193,11 +195,42 @@ def test_compiled_blocks_share_one_compilation(env):
     assert all(block.scale.grad.dtype == torch.float32 for block in blocks)
 
 
-def test_weights_that_transformers_computes_wider_are_named(env, caplog):
-    config = tiny_twin(start_config("deepseek_v3", causal=True))
-    for dtype, said in (("float32", False), ("bfloat16", True)):
+@pytest.mark.parametrize("reshard", [None, True])
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "nemotron_h", "bailing_hybrid"])
+def test_weights_that_transformers_computes_wider_stay_so(env, model_type, reshard, tmp_path, caplog):
+    """Routers, or decays of a mixer, in fp32 beside bf16, as in transformers' own model, whose loss and gradients ours has."""
+    torch.manual_seed(0)
+    config = tiny_twin(start_config(model_type, causal=True))
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    wide = {name for name, p in plain.named_parameters() if p.dtype == torch.float32}
+    assert wide
+    manager = FSDP2Manager(env=env, reshard_after_forward=reshard)
+    ours = NeMoAutoModelForCausalLM.from_pretrained(tmp_path, dtype="bfloat16", distributed=manager)
+    assert "rounded to bfloat16" not in caplog.text
+    seen = set()
+    for name in wide:
+        path, _, last = name.rpartition(".")
+        owner = ours.get_submodule(path)
+        owner.register_forward_pre_hook(lambda m, _, last=last: seen.add(m._parameters[last].dtype))
+    ids = torch.randint(0, 100, (2, 48))
+    losses = [model(input_ids=ids, labels=ids).loss for model in (ours, plain)]
+    torch.testing.assert_close(*losses, rtol=2e-5, atol=0)
+    assert seen == {torch.float32}
+    for loss in losses:
+        loss.backward()
+    found, expected = dict(ours.named_parameters()), dict(plain.named_parameters())
+    wide = {name for name in wide if expected[name].grad is not None}
+    assert wide
+    for name in wide:
+        assert found[name].grad.dtype == torch.float32
+        difference = (whole(found[name].grad) - expected[name].grad).norm()
+        assert difference <= 0.02 * expected[name].grad.norm(), name
+
+
+def test_on_several_ranks_they_are_named(caplog):
+    model = AutoModelForCausalLM.from_config(tiny_twin(start_config("deepseek_v3", causal=True)), dtype=torch.bfloat16)
+    for dtype, said in ((torch.float32, False), (torch.bfloat16, True)):
         caplog.clear()
-        model = NeMoAutoModelForCausalLM.from_config(config, dtype=dtype, distributed=FSDP2Manager(env=env))
+        _keep_wide(model, dtype, several=True)
         assert ("rounded to bfloat16 where they are used: model.layers.*.mlp.gate.weight" in caplog.text) is said
-        gates = [p for name, p in model.named_parameters() if name.endswith("mlp.gate.weight")]
-        assert {gate.dtype for gate in gates} == {torch.float32}
