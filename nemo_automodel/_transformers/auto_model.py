@@ -255,9 +255,8 @@ def _assemble(
         reset_adapters(model)  # once more: DoRA starts from the norms of the weights as they are now
     _checkpoint_and_compile(model, blocks, device, compute_dtype, distributed, compile)
     if distributed is not None:
-        _keep_wide(
-            model, compute_dtype, several=sizes is not None and sizes.dp_replicate * sizes.dp_shard * sizes.cp > 1
-        )
+        alone = sizes is not None and sizes.dp * sizes.cp == 1 and not distributed.offload
+        _keep_wide(model, compute_dtype, rounded=not alone)
         model = distributed.parallelize(model, blocks, compute_dtype)
     if weights is not None:
         weights.fill(model, device, offload=getattr(distributed, "offload", False))
@@ -266,8 +265,8 @@ def _assemble(
     return model
 
 
-def _keep_wide(model: PreTrainedModel, compute_dtype: torch.dtype, several: bool) -> None:
-    """Have the weights that transformers insists on computing wider left as they are, which one rank can; say where not."""
+def _keep_wide(model: PreTrainedModel, compute_dtype: torch.dtype, rounded: bool) -> None:
+    """Have the weights that transformers insists on computing wider left as they are; say it where sharding rounds them."""
     kept = compat.kept_dtype(model, compute_dtype)
     names = [name for name, p in model.named_parameters() if p.is_floating_point()]
     wider = [name for name in names if kept(name) not in (None, compute_dtype)]
@@ -275,9 +274,9 @@ def _keep_wide(model: PreTrainedModel, compute_dtype: torch.dtype, several: bool
         path, _, last = name.rpartition(".")
         owner: Any = model.get_submodule(path)
         owner.cast_where_used = (*getattr(owner, "cast_where_used", ()), last)
-    if wider and several:
+    if wider and rounded:
         logger.warning(
-            "%s: stored in float32 as in transformers, but on several ranks rounded to %s where they are used: %s",
+            "%s: stored in float32 as in transformers, but rounded to %s where they are used: %s",
             type(model).__name__, str(compute_dtype).removeprefix("torch."), ", ".join(dict.fromkeys(map(pattern_of, wider))),
         )  # fmt: skip
 

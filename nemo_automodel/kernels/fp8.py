@@ -4,7 +4,8 @@ Each row of both factors of a product has a scale of its own (largest magnitude 
 over: a token's activations with an output feature's weights forward, a token's gradients with an input feature's weights
 for dX, an output feature's gradients with an input feature's activations for dW.
 ``fp8_linear`` is for a weight that does not change: it is quantised once, a second time transposed for dX, and has no
-gradient; ``fp8_lora_linear`` adds a low-rank adapter to it. ``fp8_dynamic_linear`` quantises the weight as it comes (torchao's row-wise recipe does the same).
+gradient; ``fp8_lora_linear`` adds a low-rank adapter to it. ``fp8_dynamic_linear`` quantises the weight as it comes
+(torchao's row-wise recipe does the same).
 Quantising is plain torch, which ``torch.compile`` fuses with what made the numbers. Results are in the activation's dtype.
 """
 
@@ -27,6 +28,13 @@ MULTIPLE = 16
 def has_units(device: torch.device) -> bool:
     """Whether ``device`` multiplies FP8 in hardware; elsewhere ``fp8_linear`` computes the same numbers in fp32."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def joins_products(device: torch.device) -> bool:
+    """Whether ``product_with_low_rank`` is one kernel on ``device``: made for Hopper's units, and measured there alone."""
+    if device.type == "cuda":
+        return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+    return INTERPRETED
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,12 +85,12 @@ def fp8_lora_linear(
     """``fp8_linear(x, ...) + scale * (x @ lora_a^T) @ lora_b^T``, the low-rank part in x's dtype.
 
     Args:
-        x: as in ``fp8_linear``, as the four after it.
-        weight: see ``x``.
-        scales: see ``x``.
-        transposed: see ``x``.
-        transposed_scales: see ``x``.
-        lora_a: ``[r, K]`` of any floating dtype, which its gradient comes in.
+        x: activations ``[..., K]``, bf16.
+        weight: e4m3 ``[N, K]``, as the three after it made as for ``fp8_linear``.
+        scales: fp32 ``[N, 1]``.
+        transposed: e4m3 ``[K, N]``.
+        transposed_scales: fp32 ``[K, 1]``.
+        lora_a: ``[r, K]`` of any floating dtype; its gradient comes in that dtype, summed in x's.
         lora_b: ``[N, r]``, as ``lora_a``.
         scale: alpha / r.
     """
@@ -125,13 +133,13 @@ class _Fp8LoRALinear(torch.autograd.Function):
 def product_with_low_rank(x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """``(x * x_scales) @ (w * w_scales)^T + u @ v`` [T, N] in u's dtype.
 
-    On Hopper one Triton kernel, which ``torch.compile`` takes as it is; elsewhere a product each and their sum.
+    One Triton kernel where ``joins_products``, which ``torch.compile`` takes as it is; elsewhere a product each and their sum.
 
     Args:
         x: e4m3 ``[T, F]``.
-        x_scales: fp32 ``[T, 1]``.
-        w: e4m3 ``[N, F]``.
-        w_scales: fp32 ``[N, 1]``.
+        x_scales: fp32 ``[T, 1]``, contiguous.
+        w: e4m3 ``[N, F]``, contiguous.
+        w_scales: fp32 ``[N, 1]``, contiguous.
         u: bf16 ``[T, r]``, r at most ``lora.MAX_RANK``.
         v: ``[r, N]`` of any floating dtype and any strides; rounded to u's dtype.
     """
@@ -139,18 +147,11 @@ def product_with_low_rank(x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tens
 
 
 def _product_with_low_rank(x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    if x.shape[0] > 0 and _joins_products(x.device):
+    if x.shape[0] > 0 and joins_products(x.device):
         from nemo_automodel.kernels import fp8_triton
 
         return fp8_triton.product_with_low_rank(x.contiguous(), x_scales, w, w_scales, u.contiguous(), v)
     return _multiply(x, x_scales, w, w_scales, u.dtype).addmm_(u, v.to(u.dtype))
-
-
-def _joins_products(device: torch.device) -> bool:
-    """Whether the kernel is for this device: made for Hopper's units and measured there alone."""
-    if device.type == "cuda":
-        return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
-    return INTERPRETED
 
 
 _library = torch.library.Library("automodel", "FRAGMENT")  # without custom_op's layers, which take longer than the call

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nemo_automodel.kernels.lora_triton import _padded_rank, _round
+from nemo_automodel.kernels.lora_triton import padded_rank, round_to
 
-_INTERPRETED = not isinstance(_round, triton.JITFunction)
+_INTERPRETED = not isinstance(round_to, triton.JITFunction)
 _BLOCK_T, _BLOCK_N, _BLOCK_K, _GROUP = 128, 256, 128, 16
 
 
@@ -46,12 +46,12 @@ def _product_with_low_rank(x_tiles, w_tiles, y_ptr, x_scale_ptr, w_scale_ptr, u_
                     mask=(rows[:, None] < T) & (ranks[None, :] < rank), other=0.0)  # fmt: skip
         v = tl.load(v_ptr + ranks[:, None] * stride_vr + cols[None, :] * stride_vn,
                     mask=(ranks[:, None] < rank) & (cols[None, :] < N), other=0.0)  # fmt: skip
-        v = _round(v, u.dtype, INTERPRETED)
+        v = round_to(v, u.dtype, INTERPRETED)
         if INTERPRETED:
             acc += tl.dot(u.to(tl.float32), v.to(tl.float32), input_precision="ieee")
         else:
             acc = tl.dot(u, v, acc)
-        tl.store(y_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :], _round(acc, y_ptr.dtype.element_ty, INTERPRETED),
+        tl.store(y_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :], round_to(acc, y_ptr.dtype.element_ty, INTERPRETED),
                  mask=(rows[:, None] < T) & (cols[None, :] < N))  # fmt: skip
 
 
@@ -63,12 +63,14 @@ def product_with_low_rank(
     y = torch.empty(tokens, out, dtype=u.dtype, device=x.device)
     tiles = triton.cdiv(tokens, _BLOCK_T) * triton.cdiv(out, _BLOCK_N)
     programs = min(tiles, _multiprocessors(x.device))
-    _product_with_low_rank[(programs,)](
-        TensorDescriptor.from_tensor(x, [_BLOCK_T, _BLOCK_K]), TensorDescriptor.from_tensor(w, [_BLOCK_N, _BLOCK_K]),
-        y, x_scales, w_scales, u, v, tokens, out, features, u.shape[1], v.stride(0), v.stride(1), programs,
-        R=_padded_rank(u.shape[1]), BLOCK_T=_BLOCK_T, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, GROUP=_GROUP,
-        INTERPRETED=_INTERPRETED, num_warps=8, num_stages=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # of no effect on the CPU
+        x_tiles = TensorDescriptor.from_tensor(x, [_BLOCK_T, _BLOCK_K])
+        w_tiles = TensorDescriptor.from_tensor(w, [_BLOCK_N, _BLOCK_K])
+        _product_with_low_rank[(programs,)](
+            x_tiles, w_tiles, y, x_scales, w_scales, u, v, tokens, out, features, u.shape[1], v.stride(0), v.stride(1),
+            programs, R=padded_rank(u.shape[1]), BLOCK_T=_BLOCK_T, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, GROUP=_GROUP,
+            INTERPRETED=_INTERPRETED, num_warps=8, num_stages=4,
+        )  # fmt: skip
     return y
 
 

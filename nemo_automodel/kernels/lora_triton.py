@@ -15,7 +15,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _round(x, dtype: tl.constexpr, INTERPRETED_BF16: tl.constexpr):
+def round_to(x, dtype: tl.constexpr, INTERPRETED_BF16: tl.constexpr):
     """x in ``dtype``, to nearest even. (Triton's interpreter truncates to bf16: there the carry is added first.)"""
     if INTERPRETED_BF16 and x.dtype == tl.float32:
         bits = x.to(tl.int32, bitcast=True)
@@ -26,7 +26,7 @@ def _round(x, dtype: tl.constexpr, INTERPRETED_BF16: tl.constexpr):
 @triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED_BF16: tl.constexpr):
     """acc + a @ b: b is rounded to a's dtype, the products are summed in fp32. (The interpreter has no bf16 product.)"""
-    b = _round(b, a.dtype, INTERPRETED_BF16)
+    b = round_to(b, a.dtype, INTERPRETED_BF16)
     if INTERPRETED_BF16:
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     elif PRECISION == "ieee":
@@ -54,7 +54,7 @@ def _shrink(x_ptr, v_ptr, u_ptr, T, F, rank, scale, stride_x, stride_vf, stride_
         v = tl.load(v_ptr + cols[:, None] * stride_vf + ranks[None, :] * stride_vr,
                     mask=(cols[:, None] < F) & (ranks[None, :] < rank), other=0.0)  # fmt: skip
         acc = _dot(x, v, acc, PRECISION, INTERPRETED_BF16)
-    tl.store(u_ptr + rows[:, None] * rank + ranks[None, :], _round(acc * scale, u_ptr.dtype.element_ty, INTERPRETED_BF16),
+    tl.store(u_ptr + rows[:, None] * rank + ranks[None, :], round_to(acc * scale, u_ptr.dtype.element_ty, INTERPRETED_BF16),
              mask=(rows[:, None] < T) & (ranks[None, :] < rank))  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def _expand(u_ptr, v_ptr, bias_ptr, y_ptr, T, F, rank, scale, stride_y, stride_v
     inside = (rows[:, None] < T) & (cols[None, :] < F)
     if ADD:
         y += tl.load(y_ptrs, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptrs, _round(y, y_ptr.dtype.element_ty, INTERPRETED_BF16), mask=inside)
+    tl.store(y_ptrs, round_to(y, y_ptr.dtype.element_ty, INTERPRETED_BF16), mask=inside)
 
 
 @triton.jit
@@ -109,7 +109,7 @@ def shrink(x: torch.Tensor, v: torch.Tensor, scale: float = 1.0) -> torch.Tensor
     u = torch.empty(tokens, rank, dtype=x.dtype, device=x.device)
     likely = _likely(tokens)
     block_t = 64 if likely >= 8192 else 32 if likely >= 4096 else 16  # about one program per multiprocessor
-    padded = _padded_rank(rank)
+    padded = padded_rank(rank)
     block_f = (128 if padded <= 32 else 64) * 2 // x.element_size()
     stages = (4 if padded <= 32 else 3) - (_little_shared_memory(x) and padded != 64)
     _launcher(_shrink, x)[(triton.cdiv(tokens, block_t),)](
@@ -130,7 +130,7 @@ def expand(
     """Write ``scale * u @ v + bias`` to ``y [T, F]`` (or add it there), for ``u [T, r]``, ``v [r, F]`` of any strides."""
     tokens, features = y.shape
     rank = u.shape[1]
-    padded = _padded_rank(rank)
+    padded = padded_rank(rank)
     block_t, block_f = 64, 128
     _launcher(_expand, u)[(triton.cdiv(features, block_f), triton.cdiv(tokens, block_t))](
         u, v, bias, y, tokens, features, rank, scale, y.stride(0), v.stride(1), v.stride(0),
@@ -146,7 +146,7 @@ def gradient(u: torch.Tensor, z: torch.Tensor, scale: float = 1.0, transposed: b
     the result is deterministic.
     """
     (tokens, features), rank = z.shape, u.shape[1]
-    padded = _padded_rank(rank)
+    padded = padded_rank(rank)
     block_t, block_f = 64, 128 * 2 // z.element_size()
     columns = triton.cdiv(features, block_f)
     likely = _likely(tokens)
@@ -173,7 +173,8 @@ def _likely(size: int | torch.SymInt) -> int:
     return size if isinstance(size, int) else size.node.hint or 8192
 
 
-def _padded_rank(rank: int) -> int:
+def padded_rank(rank: int) -> int:
+    """``rank`` as tiles have it: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(rank))
 
 

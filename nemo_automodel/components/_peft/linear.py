@@ -65,9 +65,10 @@ class LoRALinear(nn.Module):
         dropout = self.lora_dropout if self.training else 0.0
         quantized = getattr(self, "quantized", False)  # the base product is then not one with ``weight``
         if self.lora_use_triton and dropout == 0.0 and quantized:
-            by_kernels = getattr(self, "forward_adapted", None)  # of a base that brings such a product itself
-            if by_kernels is not None and runs_on(x.device.type) and x.dtype != torch.float64 and x.numel() > 0:
-                return by_kernels(x, self.lora_A.weight, self.lora_B.weight, self.lora_scale)
+            takes = getattr(self, "adapts", None)  # of a base that brings such a product itself
+            if takes is not None and runs_on(x.device.type) and x.numel() > 0 and takes(x):
+                base: Any = self
+                return base.forward_adapted(x, self.lora_A.weight, self.lora_B.weight, self.lora_scale)
         if self.lora_use_triton and dropout == 0.0 and not quantized:
             weight, bias = self.weight, self.bias  # once: under tensor parallelism they may be made here
             if _kernel_takes(x, weight, bias):

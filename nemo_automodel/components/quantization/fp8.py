@@ -25,6 +25,7 @@ from nemo_automodel.kernels.fp8 import (
     fp8_linear,
     fp8_lora_linear,
     has_units,
+    joins_products,
     quantize_rows,
 )
 
@@ -94,14 +95,15 @@ class Fp8Config:
             logger.warning("fp8: no GPU, so FP8 is imitated: right, but slower than without")
         taken = [m for m in linears if _fits(m, self.min_features)]
         for module in taken:
-            self._change(module, copies=self.keeps_copies(peft) and not module.weight.requires_grad)
+            self._change(module, self.keeps_copies(peft) and not module.weight.requires_grad, device)
         self._report(len(linears), taken)
         return bool(taken)
 
-    def _change(self, module: nn.Linear, copies: bool) -> None:
+    def _change(self, module: nn.Linear, copies: bool, device: torch.device) -> None:
         mixin = Fp8Linear if copies else Fp8DynamicLinear
         module.__class__ = with_mixin(type(module), mixin, "whose base product runs in FP8")
         if isinstance(module, Fp8Linear):
+            module.fp8_joins = joins_products(device)
             module.quantize()
         else:
             assert isinstance(module, Fp8DynamicLinear)
@@ -138,9 +140,14 @@ class Fp8DynamicLinear(nn.Module):
 
 
 class Fp8Linear(nn.Module):
-    """Mixin put before ``nn.Linear`` in a layer's class: the product runs in FP8, from copies of ``weight``."""
+    """Mixin put before ``nn.Linear`` in a layer's class: the product runs in FP8, from copies of ``weight``.
+
+    Attributes:
+        fp8_joins: whether the device has the kernel that adds an adapter's product in the same sum.
+    """
 
     quantized = True
+    fp8_joins: bool
     weight: nn.Parameter
     bias: nn.Parameter | None
 
@@ -149,8 +156,12 @@ class Fp8Linear(nn.Module):
         y = fp8_linear(x, *self.fp8_copies())
         return y if self.bias is None else y + self.bias
 
+    def adapts(self, x: Tensor) -> bool:
+        """Whether ``forward_adapted`` takes ``x``, and is the faster way."""
+        return self.fp8_joins and x.dtype == torch.bfloat16
+
     def forward_adapted(self, x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-        """``forward(x) + scale * (x @ lora_a^T) @ lora_b^T``, both products by one kernel where there is one."""
+        """``forward(x) + scale * (x @ lora_a^T) @ lora_b^T``, both products by one kernel."""
         y = fp8_lora_linear(x, *self.fp8_copies(), lora_a, lora_b, scale)
         return y if self.bias is None else y + self.bias
 

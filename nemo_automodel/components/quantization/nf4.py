@@ -154,6 +154,10 @@ class Nf4Linear(nn.Module):
         y = nf4_linear(x, self.packed(), self.nf4_shape[0], self.nf4_kind)
         return y if self.bias is None else y + self.bias
 
+    def adapts(self, x: Tensor) -> bool:
+        """Whether ``forward_adapted`` takes ``x``."""
+        return x.dtype != torch.float64
+
     def forward_adapted(self, x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
         """``forward(x) + scale * (x @ lora_a^T) @ lora_b^T`` by the Triton kernels."""
         return nf4_lora_linear(x, self.packed(), self.bias, lora_a, lora_b, scale, self.nf4_kind)

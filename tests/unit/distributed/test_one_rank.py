@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from nemo_automodel import NeMoAutoModelForCausalLM, NeMoAutoModelForImageTextToText
-from nemo_automodel._transformers.auto_model import _keep_wide
 from nemo_automodel._transformers.blocks import find_blocks
 from nemo_automodel._transformers.tiny_twin import tiny_twin
 from nemo_automodel._transformers.twin_start import start_config
@@ -25,6 +24,7 @@ from nemo_automodel.components._peft.lora import PeftConfig
 from nemo_automodel.components.distributed.env import DistEnv
 from nemo_automodel.components.distributed.fsdp2 import FSDP2Manager
 from nemo_automodel.components.distributed.grads import GradClipper
+from nemo_automodel.components.distributed.mesh import MeshSizes
 from nemo_automodel.components.training.local_step import step_on_local_tensors
 from tests.builders import tiny_config
 from tests.ranks.test_local_step import DTensorCalls
@@ -228,9 +228,26 @@ def test_weights_that_transformers_computes_wider_stay_so(env, model_type, resha
         assert difference <= 0.02 * expected[name].grad.norm(), name
 
 
-def test_on_several_ranks_they_are_named(caplog):
-    model = AutoModelForCausalLM.from_config(tiny_twin(start_config("deepseek_v3", causal=True)), dtype=torch.bfloat16)
-    for dtype, said in ((torch.float32, False), (torch.bfloat16, True)):
+class TwoCopies(FSDP2Manager):
+    """One rank that is told it is one of two."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.sizes = MeshSizes(dp_replicate=2, dp_shard=1, cp=1, tp=1)
+
+
+class Offloading(FSDP2Manager):
+    """One that keeps weights in host memory, which a CPU has no use for."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.offload = True
+
+
+@pytest.mark.parametrize("manager", [TwoCopies, Offloading])
+def test_where_they_are_rounded_they_are_named(env, manager, caplog):
+    config = tiny_twin(start_config("deepseek_v3", causal=True))
+    for dtype, said in (("float32", False), ("bfloat16", True)):
         caplog.clear()
-        _keep_wide(model, dtype, several=True)
+        NeMoAutoModelForCausalLM.from_config(config, dtype=dtype, distributed=manager(env=env))
         assert ("rounded to bfloat16 where they are used: model.layers.*.mlp.gate.weight" in caplog.text) is said

@@ -71,6 +71,19 @@ def test_adapters_on_fp8_layers_go_through_it(bias, monkeypatch):
         torch.testing.assert_close(joined.float(), apart.float(), rtol=2**-6, atol=2**-6)
 
 
+def test_other_activations_go_by_two_products():
+    layer = nn.Sequential(nn.Linear(64, 48, dtype=torch.bfloat16)).requires_grad_(False)
+    adapters = PeftConfig(match_all_linear=True, dim=4, use_triton=True)
+    adapters.apply(layer)
+    Fp8Config(min_features=16).apply([layer], torch.bfloat16, torch.device("cpu"), adapters)
+    x = torch.randn(3, 64, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    y.sum().backward()
+    assert (y.dtype, x.grad.dtype) == (torch.float32, torch.float32)
+    assert layer[0].lora_B.weight.grad.abs().max() > 0
+
+
 def test_it_is_a_well_formed_op():
     op = torch.ops.automodel.fp8_product_with_low_rank.default
     some = ("test_faketensor", "test_autograd_registration")  # others multiply single FP8 numbers, which torch cannot
