@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nemo_automodel.kernels.lora_triton import padded_rank, round_to
+from nemo_automodel.kernels.lora import INTERPRETED
+from nemo_automodel.kernels.lora_triton import dot, padded_rank, round_to
 
-_INTERPRETED = not isinstance(round_to, triton.JITFunction)
 _BLOCK_T, _BLOCK_N, _BLOCK_K, _GROUP = 128, 256, 128, 16
 
 
@@ -33,11 +33,7 @@ def _product_with_low_rank(x_tiles, w_tiles, y_ptr, x_scale_ptr, w_scale_ptr, u_
         col = tile % (GROUP * across) // height * BLOCK_N
         acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
         for k in range(0, K, BLOCK_K):
-            x, w = x_tiles.load([row, k]), w_tiles.load([col, k])
-            if INTERPRETED:  # it has no FP8 product
-                acc += tl.dot(x.to(tl.float32), w.to(tl.float32).T, input_precision="ieee")
-            else:
-                acc = tl.dot(x, w.T, acc)
+            acc = dot(x_tiles.load([row, k]), w_tiles.load([col, k]).T, acc, "tf32", INTERPRETED)
         rows, cols = row + tl.arange(0, BLOCK_T), col + tl.arange(0, BLOCK_N)
         x_scale = tl.load(x_scale_ptr + rows, mask=rows < T, other=0.0)
         w_scale = tl.load(w_scale_ptr + cols, mask=cols < N, other=0.0)
@@ -46,11 +42,7 @@ def _product_with_low_rank(x_tiles, w_tiles, y_ptr, x_scale_ptr, w_scale_ptr, u_
                     mask=(rows[:, None] < T) & (ranks[None, :] < rank), other=0.0)  # fmt: skip
         v = tl.load(v_ptr + ranks[:, None] * stride_vr + cols[None, :] * stride_vn,
                     mask=(ranks[:, None] < rank) & (cols[None, :] < N), other=0.0)  # fmt: skip
-        v = round_to(v, u.dtype, INTERPRETED)
-        if INTERPRETED:
-            acc += tl.dot(u.to(tl.float32), v.to(tl.float32), input_precision="ieee")
-        else:
-            acc = tl.dot(u, v, acc)
+        acc = dot(u, v, acc, "tf32", INTERPRETED)
         tl.store(y_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :], round_to(acc, y_ptr.dtype.element_ty, INTERPRETED),
                  mask=(rows[:, None] < T) & (cols[None, :] < N))  # fmt: skip
 
@@ -69,7 +61,7 @@ def product_with_low_rank(
         _product_with_low_rank[(programs,)](
             x_tiles, w_tiles, y, x_scales, w_scales, u, v, tokens, out, features, u.shape[1], v.stride(0), v.stride(1),
             programs, R=padded_rank(u.shape[1]), BLOCK_T=_BLOCK_T, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, GROUP=_GROUP,
-            INTERPRETED=_INTERPRETED, num_warps=8, num_stages=4,
+            INTERPRETED=INTERPRETED, num_warps=8, num_stages=4,
         )  # fmt: skip
     return y
 

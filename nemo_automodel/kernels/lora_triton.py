@@ -24,7 +24,7 @@ def round_to(x, dtype: tl.constexpr, INTERPRETED_BF16: tl.constexpr):
 
 
 @triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED_BF16: tl.constexpr):
+def dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED_BF16: tl.constexpr):
     """acc + a @ b: b is rounded to a's dtype, the products are summed in fp32. (The interpreter has no bf16 product.)"""
     b = round_to(b, a.dtype, INTERPRETED_BF16)
     if INTERPRETED_BF16:
@@ -53,7 +53,7 @@ def _shrink(x_ptr, v_ptr, u_ptr, T, F, rank, scale, stride_x, stride_vf, stride_
                     mask=(rows[:, None] < T) & (cols[None, :] < F), other=0.0)  # fmt: skip
         v = tl.load(v_ptr + cols[:, None] * stride_vf + ranks[None, :] * stride_vr,
                     mask=(cols[:, None] < F) & (ranks[None, :] < rank), other=0.0)  # fmt: skip
-        acc = _dot(x, v, acc, PRECISION, INTERPRETED_BF16)
+        acc = dot(x, v, acc, PRECISION, INTERPRETED_BF16)
     tl.store(u_ptr + rows[:, None] * rank + ranks[None, :], round_to(acc * scale, u_ptr.dtype.element_ty, INTERPRETED_BF16),
              mask=(rows[:, None] < T) & (ranks[None, :] < rank))  # fmt: skip
 
@@ -71,7 +71,7 @@ def _expand(u_ptr, v_ptr, bias_ptr, y_ptr, T, F, rank, scale, stride_y, stride_v
                 mask=(rows[:, None] < T) & (ranks[None, :] < rank), other=0.0)  # fmt: skip
     v = tl.load(v_ptr + ranks[:, None] * stride_vr + cols[None, :] * stride_vf,
                 mask=(ranks[:, None] < rank) & (cols[None, :] < F), other=0.0)  # fmt: skip
-    y = _dot(u, v, tl.zeros((BLOCK_T, BLOCK_F), tl.float32), PRECISION, INTERPRETED_BF16) * scale
+    y = dot(u, v, tl.zeros((BLOCK_T, BLOCK_F), tl.float32), PRECISION, INTERPRETED_BF16) * scale
     if HAS_BIAS:
         y += tl.load(bias_ptr + cols, mask=cols < F, other=0.0).to(tl.float32)[None, :]
     y_ptrs = y_ptr + rows[:, None] * stride_y + cols[None, :]
@@ -98,7 +98,7 @@ def _gradient(u_ptr, z_ptr, g_ptr, T, F, rank, scale, rows_per_split, stride_z, 
                     mask=(rows[None, :] < last) & (ranks[:, None] < rank), other=0.0)  # fmt: skip
         z = tl.load(z_ptr + rows[:, None] * stride_z + cols[None, :],
                     mask=(rows[:, None] < last) & (cols[None, :] < F), other=0.0)  # fmt: skip
-        acc = _dot(u, z, acc, PRECISION, INTERPRETED_BF16)
+        acc = dot(u, z, acc, PRECISION, INTERPRETED_BF16)
     g_ptrs = g_ptr + split * stride_gs + ranks[:, None] * stride_gr + cols[None, :] * stride_gf
     tl.store(g_ptrs, acc * scale, mask=(ranks[:, None] < rank) & (cols[None, :] < F))
 
@@ -187,7 +187,7 @@ def _little_shared_memory(x: torch.Tensor) -> bool:
 
 
 def _product(x: torch.Tensor) -> dict[str, Any]:
-    """How ``_dot`` multiplies. fp32 stays fp32: TF32 would halve its digits, and these products wait for memory anyway."""
+    """How ``dot`` multiplies. fp32 stays fp32: TF32 would halve its digits, and these products wait for memory anyway."""
     return {
         "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
         "INTERPRETED_BF16": x.dtype == torch.bfloat16 and not isinstance(_shrink, triton.JITFunction),

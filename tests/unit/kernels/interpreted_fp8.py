@@ -43,15 +43,19 @@ def test_more_tiles_than_programs():
     torch.testing.assert_close(fp8.product_with_low_rank(*case).double(), exact(*case), rtol=2**-8, atol=1e-5)
 
 
+def adapted_layer(bias):
+    layer = nn.Sequential(nn.Linear(64, 48, bias=bias, dtype=torch.bfloat16)).requires_grad_(False)
+    adapters = PeftConfig(match_all_linear=True, dim=4, use_triton=True)
+    adapters.apply(layer)
+    assert Fp8Config(min_features=16).apply([layer], torch.bfloat16, torch.device("cpu"), adapters)
+    return layer
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_adapters_on_fp8_layers_go_through_it(bias, monkeypatch):
     torch.manual_seed(0)
-    layer = nn.Sequential(nn.Linear(64, 48, bias=bias, dtype=torch.bfloat16))
-    layer.requires_grad_(False)
-    adapters = PeftConfig(match_all_linear=True, dim=4, use_triton=True)
-    adapters.apply(layer)
+    layer = adapted_layer(bias)
     nn.init.normal_(layer[0].lora_B.weight, std=0.1)
-    assert Fp8Config(min_features=16).apply([layer], torch.bfloat16, torch.device("cpu"), adapters)
     x = torch.randn(2, 5, 64, dtype=torch.bfloat16)
     dy = torch.randn(2, 5, 48, dtype=torch.bfloat16)
     calls = []
@@ -72,10 +76,7 @@ def test_adapters_on_fp8_layers_go_through_it(bias, monkeypatch):
 
 
 def test_other_activations_go_by_two_products():
-    layer = nn.Sequential(nn.Linear(64, 48, dtype=torch.bfloat16)).requires_grad_(False)
-    adapters = PeftConfig(match_all_linear=True, dim=4, use_triton=True)
-    adapters.apply(layer)
-    Fp8Config(min_features=16).apply([layer], torch.bfloat16, torch.device("cpu"), adapters)
+    layer = adapted_layer(bias=True)
     x = torch.randn(3, 64, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
