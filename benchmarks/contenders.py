@@ -223,7 +223,7 @@ def ours_fp8(workload: Workload, device: torch.device, **options: Any) -> Conten
     """Ours with the frozen base in FP8."""
     from nemo_automodel.components.quantization.fp8 import Fp8Config, quantize
 
-    contender = ours(workload, device, fp8=Fp8Config(), **options)
+    contender = ours(workload, device, fp8=Fp8Config(min_features=FP8_FEATURES[device.type]), **options)
     quantize(contender.model)  # once more, since the weights were filled after the model was built
     return contender
 

@@ -34,7 +34,7 @@ import torch
 
 from benchmarks.common import machine, write
 from benchmarks.contenders import AUTO, GROWTH, LIGER, build
-from benchmarks.step import _peak_gib, _reset_peak, _step, _synchronize
+from benchmarks.step import _peak_gib, _reset_peak, _synchronize, optimizer_step
 from benchmarks.workloads import WORKLOADS, Workload, tiny
 
 POINTS = ["1x8192", "1x32768", "1x2048", "4x4096", "16x4096", "1x4096", "1x131072"]  # rows x tokens, the telling first
@@ -68,20 +68,20 @@ def _measure(name: str, workload: Workload, device: torch.device, warmup: int, s
     data = workload.batches(2)
     _reset_peak(device)
     began = time.monotonic()
-    first = _step(contender, data[0], device)
+    first = optimizer_step(contender, data[0], device)
     _synchronize(device)
     found: dict[str, Any] = {"first loss": float(first.loss), "first step s": round(time.monotonic() - began, 1)}
     found |= {"peak GiB": _peak_gib(device), "checkpointing": _mode(contender.model)}
     slow = time.monotonic()
     for i in range(1, warmup):
-        _step(contender, data[i % 2], device)
+        optimizer_step(contender, data[i % 2], device)
         _synchronize(device)
         if time.monotonic() - slow > SECONDS / 2:
             break  # long steps need no further warming
     taken = []
     began = time.monotonic()
     for i in range(steps):
-        taken.append(_step(contender, data[i % 2], device))
+        taken.append(optimizer_step(contender, data[i % 2], device))
         if time.monotonic() - began > SECONDS or (workload.tokens > STEP_TOKENS * 8 and _late(began, device)):
             break
     _synchronize(device)

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from benchmarks.common import covered, write
 from benchmarks.contenders import Contender, _optimizer, ours, ours_fp8_trained
-from benchmarks.step import _reset_peak, _speed, _step, _synchronize
+from benchmarks.step import _reset_peak, _speed, _synchronize, optimizer_step
 from benchmarks.workloads import LLAMA_8B, TINY, Workload, batches, fill
 
 SHAPE = Workload("C", "Llama-3.1-8B shape, full SFT, FSDP2, 2x4096 tokens a GPU", LLAMA_8B, 2, 4096)
@@ -92,7 +92,7 @@ def measure(name: str, workload: Workload, device: torch.device, warmup: int, st
     for i in range(warmup + steps):
         if i == warmup:
             _reset_peak(device)
-        done.append(_step(contender, data[i % len(data)], device))
+        done.append(optimizer_step(contender, data[i % len(data)], device))
     _synchronize(device)
     mean = torch.stack([step.loss.float() for step in done]).to(device)
     if name.startswith(OURS):  # it divides by the label tokens of all ranks: the ranks' shares add up to the mean
@@ -121,7 +121,7 @@ def _communication(contender: Contender, data: Any, steps: int = 2) -> dict[str,
 
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         for i in range(steps):
-            _step(contender, data[i % len(data)], torch.device("cuda"))
+            optimizer_step(contender, data[i % len(data)], torch.device("cuda"))
         _synchronize(torch.device("cuda"))
     spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for event in trace.events():

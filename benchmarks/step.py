@@ -69,7 +69,7 @@ def measure(name: str, workload: Workload, device: torch.device, warmup: int, st
         if i == warmup:
             _synchronize(device)
             _reset_peak(device)
-        steps_done.append(_step(contender, data[i % len(data)], device, norms_into=result if i == 0 else None))
+        steps_done.append(optimizer_step(contender, data[i % len(data)], device, norms_into=result if i == 0 else None))
         if i == 0:
             _synchronize(device)
             result |= {"grad_norm": float(steps_done[0].norm), "cold start s": round(time.time() - started, 1)}
@@ -101,7 +101,8 @@ class _Step:
         )
 
 
-def _step(contender: Contender, batch: Any, device: torch.device, norms_into: dict | None = None) -> _Step:
+def optimizer_step(contender: Contender, batch: Any, device: torch.device, norms_into: dict | None = None) -> _Step:
+    """Take one; ``norms_into`` gets the norms of the gradients, for which it waits."""
     start = _now(device)
     loss = contender.forward_backward(batch)
     if norms_into is not None:
@@ -162,7 +163,7 @@ def _kernel_table(contender: Contender, batch: Any, device: torch.device, steps:
 
     with profile(activities=[ProfilerActivity.CPU if device.type == "cpu" else ProfilerActivity.CUDA]) as trace:
         for _ in range(steps):
-            _step(contender, batch, device)
+            optimizer_step(contender, batch, device)
         _synchronize(device)
     events = sorted(trace.key_averages(), key=lambda e: -e.self_device_time_total)
     total = sum(e.self_device_time_total for e in events) or 1
