@@ -55,6 +55,10 @@ class IncompatibleCheckpointError(CheckpointError):
     exit_code = EXIT_BAD_INPUT
 
 
+class DirectoryInUseError(ConfigError):
+    """Another run saves in this one's checkpoint directory, so nothing there is touched."""
+
+
 class StoppedError(AutoModelError):
     """This rank ends only because another one failed, which says why."""
 

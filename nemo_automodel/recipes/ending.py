@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from nemo_automodel.errors import (
     EXIT_OK,
     EXIT_PREEMPTED,
     AutoModelError,
+    DirectoryInUseError,
     OutOfMemory,
     StoppedError,
     Terminated,
@@ -35,6 +38,7 @@ from nemo_automodel.errors import (
 
 logger = logging.getLogger(__name__)
 
+SAVING_THREAD = "checkpoint"  # that of components.checkpoint.background, which would import torch
 EXIT_STATUS = "exit_status.json"
 _BY_CODE = {
     EXIT_OK: "done",
@@ -74,6 +78,7 @@ def run_to_end(main: Callable[[Config], Any], cfg: Config) -> int:
         error = _out_of_memory(raised) or raised
         own = _describe(error, rank, alone=ranks == 1)
         if ranks == 1:
+            _finish_saving()
             _write(directory, own)
             raise error
         _end_together(directory, error, own, rank)
@@ -81,6 +86,16 @@ def run_to_end(main: Callable[[Config], Any], cfg: Config) -> int:
     if rank == 0:
         _write(directory, Failure("", "", None, _step(), code))
     return code
+
+
+def _finish_saving() -> None:
+    """Let a checkpoint that is being written in the background be written whole, and say whether it was."""
+    for thread in threading.enumerate():
+        if thread.name == SAVING_THREAD:
+            print("an error: the checkpoint that is being written is finished first", file=sys.stderr, flush=True)
+            thread.join()
+            if failed := getattr(thread, "error", None):
+                print(f"it was not: {failed}", file=sys.stderr, flush=True)
 
 
 def _end_together(directory: Path, error: BaseException, own: Failure, rank: int) -> None:
@@ -135,7 +150,7 @@ def _describe(error: BaseException, rank: int, alone: bool) -> Failure:
         return Failure(ERROR, text, rank, step, code if alone else code or EXIT_FAULT)
     kind = COLLECTIVE if isinstance(error, StoppedError) or any(map(_is_broken_collective, causes(error))) else ERROR
     if isinstance(error, AutoModelError):
-        return Failure(kind, str(error), rank, step, error.exit_code)
+        return Failure(kind, str(error), rank, step, error.exit_code, not isinstance(error, DirectoryInUseError))
     return Failure(kind, f"{type(error).__name__}: {error}", rank, step, EXIT_FAULT)
 
 
@@ -151,7 +166,10 @@ def _step() -> int | None:
 
 
 def _write(directory: Path, failure: Failure) -> bool:
-    """Write the file, whole or not at all; returns whether none was there before (the first to fail is right)."""
+    """Write the file, whole or not at all; returns whether none of this run was there (the first to fail is right)."""
+    if not failure.own_directory:
+        return False
+    run = _run()
     content = {
         "exit_code": failure.exit_code,
         "reason": _BY_KIND.get(failure.kind) or _BY_CODE.get(failure.exit_code, "error"),
@@ -159,6 +177,7 @@ def _write(directory: Path, failure: Failure) -> bool:
         "rank": failure.rank,
         "message": failure.message or None,
         "time": time.time(),
+        "run": run,
     }
     temporary, final = directory / f".{EXIT_STATUS}.{os.getpid()}", directory / EXIT_STATUS
     try:
@@ -167,7 +186,9 @@ def _write(directory: Path, failure: Failure) -> bool:
         try:
             os.link(temporary, final)
         except FileExistsError:
-            return False
+            if _run_of(final) == run:
+                return False
+            os.replace(temporary, final)  # of a run that failed before it found this one saving here
         except OSError:  # a file system without links
             os.replace(temporary, final)
         return True
@@ -176,6 +197,20 @@ def _write(directory: Path, failure: Failure) -> bool:
         return True
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _run() -> str:
+    """What all ranks of this run have in common, and no other run at this time."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    return f"pid {os.getpid()} on {socket.gethostname()}"
+
+
+def _run_of(file: Path) -> str | None:
+    try:
+        return json.loads(file.read_text()).get("run")
+    except (OSError, ValueError, AttributeError):  # gone, or nothing that a run wrote
+        return None
 
 
 def _tell_torchrun(error: BaseException) -> None:

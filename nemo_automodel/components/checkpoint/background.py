@@ -52,6 +52,22 @@ class HostCopies:
         self._sources.clear()
 
 
+class _Job(threading.Thread):
+    """``error`` is what it raised."""
+
+    def __init__(self, run: Callable[[], None]):
+        # A daemon: a rank that fails must end, and not wait for others that may be gone (one alone does: recipes/ending.py)
+        super().__init__(name="checkpoint", daemon=True)
+        self._job = run
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._job()
+        except BaseException as error:
+            self.error = error
+
+
 class Background:
     """One job at a time, on a thread and connections of its own.
 
@@ -61,33 +77,24 @@ class Background:
 
     def __init__(self, env: Any | None) -> None:
         self._ranks = Ranks(env)
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._thread: _Job | None = None
 
     def start(self, job: Callable[[Ranks], None]) -> None:
         """Run ``job``, whose ranks agree through connections of their own; every rank calls it, on the main thread."""
         self.wait()
         self._ranks.connect()
-
-        def run() -> None:
-            try:
-                job(self._ranks)
-            except BaseException as error:
-                self._error = error
-
-        # A daemon: a rank that fails must end, and not wait for others that may be gone
-        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread = _Job(lambda: job(self._ranks))
         self._thread.start()
 
     def wait(self) -> None:
         """Wait for the job; raises what it raised, once."""
         if self._thread is not None:
             self._thread.join()
-            self._thread = None
         self.check()
 
     def check(self) -> None:
         """Raise what the job has raised by now, once."""
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        if self._thread is not None and not self._thread.is_alive():
+            thread, self._thread = self._thread, None
+            if thread.error is not None:
+                raise thread.error

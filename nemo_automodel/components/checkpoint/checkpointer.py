@@ -61,8 +61,8 @@ class Checkpointer:
             Default false.
         async_save: Training goes on once the state is copied to host memory (which must hold it: weights and
             optimizer, each rank its part); it is written and published meanwhile. The next save, and the end, wait for
-            it; what goes wrong with it is raised at the next step, and an error elsewhere meanwhile loses it. Default
-            false.
+            it; what goes wrong with it is raised at the next step. An error elsewhere meanwhile waits for it on one
+            rank, and loses it on several. Default false.
 
     Attributes:
         stall_s: Seconds that the last save kept training waiting.

@@ -12,7 +12,7 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 from nemo_automodel.components.checkpoint.ranks import Ranks
-from nemo_automodel.errors import ConfigError
+from nemo_automodel.errors import DirectoryInUseError
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +39,13 @@ class DirectoryLock:
         Where the file system has no locks, that is said and the run goes on without.
 
         Raises:
-            ConfigError: Another run holds it.
+            DirectoryInUseError: Another run holds it.
         """
         if self._taken:
             return
         problem = ranks.on_main(f"Locking {self._root}", self._take)
         if problem is not None:
-            raise ConfigError(problem)
+            raise DirectoryInUseError(problem)
         self._taken = True
 
     def release(self) -> None:

@@ -47,6 +47,7 @@ class Failure:
         rank: Whose fault it is; None where that is not known.
         step: Optimizer steps that rank had done, if it said so.
         exit_code: With which every rank ends.
+        own_directory: False where the checkpoint directory is another run's, which nothing is written to then.
     """
 
     kind: str
@@ -54,6 +55,7 @@ class Failure:
     rank: int | None
     step: int | None = None
     exit_code: int = 1
+    own_directory: bool = True
 
 
 @dataclass
