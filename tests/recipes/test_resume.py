@@ -108,6 +108,25 @@ def test_an_incompatible_change_is_refused_with_a_diff(tmp_path):
     assert longer.returncode == 2
     assert "step_scheduler.max_steps: 12 -> 18" in longer.stderr
     assert "schedule.total_steps" not in longer.stderr, "one change is told once"
+    assert "write checkpoint.extend: true" in longer.stderr
+
+
+@pytest.mark.parametrize("decay", ["constant", "cosine"])
+def test_an_extended_run_goes_on_under_the_new_plan(tmp_path, decay):
+    workspace = make_workspace(tmp_path)
+    args = [f"--lr_scheduler.decay={decay}", "--lr_scheduler.warmup_steps=2", "--step_scheduler.max_steps=null"]
+    short, long = ([*args, f"--step_scheduler.num_epochs={n}"] for n in (1, 3))
+    first = trace(workspace.run(*short))
+    whole = trace(workspace.run(*long, out="whole"))
+    assert (len(first), len(whole)) == (6, 18)
+    extended = trace(workspace.run(*long, "--checkpoint.restore_from=latest", "--checkpoint.extend=true"))
+    assert extended.keys() == whole.keys()
+    later = range(7, 19)
+    assert {step: extended[step][1] for step in later} == {step: whole[step][1] for step in later}, "learning rates"
+    if decay == "constant":
+        assert extended == whole
+    with pytest.raises(CheckpointError, match="has done 18 steps, and this recipe plans 6"):
+        workspace.run(*short, "--checkpoint.restore_from=latest", "--checkpoint.extend=true")
 
 
 def test_resume_reads_no_pickle_of_the_users(tmp_path, monkeypatch):

@@ -59,6 +59,9 @@ class Checkpointer:
             needs is renamed to ``<name>.<time it was written>``, and can still be restored by its path.
         save_merged: For LoRA: also merge the adapter into the base weights, as a full HF directory in ``model/``.
             Default false.
+        extend: Let the plan differ from that of the checkpoint: more (or fewer) epochs or steps, and another
+            ``lr_scheduler``. The learning rate follows the new plan from the next step on. Default false: a changed plan
+            is an error.
         async_save: Training goes on once the state is copied to host memory (which must hold it: weights and
             optimizer, each rank its part); it is written and published meanwhile. The next save, and the end, wait for
             it; what goes wrong with it is raised at the next step. An error elsewhere meanwhile waits for it on one
@@ -79,6 +82,7 @@ class Checkpointer:
         restore_from: str | None = None,
         keep_last: int | None = 3,
         save_merged: bool = False,
+        extend: bool = False,
         async_save: bool = False,
     ):
         if keep_last is not None and keep_last < 1:
@@ -92,6 +96,7 @@ class Checkpointer:
         self.restore_from = restore_from
         self.keep_last = keep_last
         self.save_merged = save_merged
+        self.extend = extend
         self._ranks = Ranks(env)
         self._background = Background(env) if enabled and async_save else None
         self._copies = HostCopies() if self._background is not None else None
@@ -270,8 +275,8 @@ class Checkpointer:
             return False
         directory = found.path / "resume"
         saved = self._ranks.together(f"Reading {directory}", lambda: read_state(directory))
-        self._check(found, saved["fingerprint"], state)
-        load_resume(state, directory, self._ranks)
+        changed_plan = self._check(found, saved["fingerprint"], state)
+        load_resume(state, directory, self._ranks, changed_plan)
         if found.path.parent.resolve() == self.root.resolve():  # else nothing of this run is in its own directory yet
             self._run, self._saved_step, self._saved_name = found.run, found.step, found.name
             self._best = (saved["best"][0], saved["best"][1]) if saved.get("best") else None
@@ -349,18 +354,29 @@ class Checkpointer:
             ", ".join(names) + "; write restore_from: latest or one of them" if names else "no other checkpoint"
         )
 
-    def _check(self, found: Found, saved: Mapping[str, Any], state: TrainState) -> None:
-        live = {**as_saved(state.fingerprint), **self._surroundings(state)}
-        forbidden, harmless = compare(saved, live)
-        if forbidden:
+    def _check(self, found: Found, saved: Mapping[str, Any], state: TrainState) -> bool:
+        """Whether the run is to go on under another plan; raises where it is not this run's checkpoint."""
+        changes = compare(saved, {**as_saved(state.fingerprint), **self._surroundings(state)})
+        refused = changes.forbidden + ([] if self.extend else changes.plan)
+        if refused:
+            how = "set these back to continue it"
+            if changes.plan and not changes.forbidden:
+                how += "; or write checkpoint.extend: true to go on from there under the new plan"
             raise IncompatibleCheckpointError(
                 f"{found.path} belongs to another run than this recipe describes (checkpoint -> this run):\n  "
-                + "\n  ".join(forbidden)
-                + "\nset these back to continue it; or, to start anew from its weights, remove checkpoint.restore_from and set "
+                + "\n  ".join(refused)
+                + f"\n{how}; or, to start anew from its weights, remove checkpoint.restore_from and set "
                 f"model.pretrained_model_name_or_path: {found.path / 'model'}"
             )
-        if harmless:
-            logger.warning("Resuming with changed settings (checkpoint -> this run):\n  %s", "\n  ".join(harmless))
+        planned = getattr(state.schedule, "total_steps", found.step)
+        if changes.plan and planned < found.step:
+            raise IncompatibleCheckpointError(
+                f"{found.path} has done {found.step} steps, and this recipe plans {planned}; write a larger "
+                "step_scheduler.num_epochs or max_steps, or restore an earlier checkpoint"
+            )
+        if told := changes.plan + changes.harmless:
+            logger.warning("Resuming with changed settings (checkpoint -> this run):\n  %s", "\n  ".join(told))
+        return bool(changes.plan)
 
     def _surroundings(self, state: TrainState) -> dict[str, Any]:
         planned = {key: value for key, value in state.schedule.state_dict().items() if key == "total_steps"}

@@ -6,6 +6,7 @@ import json
 import platform
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ _FREE = (
     "model.attn_implementation",
     "freeze.cache_features_gb",
 )
+PLAN = ("step_scheduler.num_epochs", "step_scheduler.max_steps", "lr_scheduler")
+"""How long the run is and how its learning rate goes: what ``checkpoint.extend`` lets change."""
 _NOT_WORTH_SAYING = ("checkpoint", "loggers", "dist_env", "certificate")
 _ABSENT = "absent"
 _OF_VALUE = re.compile(r"(.*\$\{.*) \(value #([0-9a-f]{12})\)", re.DOTALL)
@@ -52,30 +55,45 @@ def _with_digests(value: Any) -> Any:
     return value if digest is None else f"{value} (value #{digest})"
 
 
-def compare(saved: Mapping[str, Any], live: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """What keeps this run from resuming, and what merely changed; one ``key: saved -> live`` line each.
+@dataclass
+class Changes:
+    """What differs between a checkpoint's run and this one, a ``key: saved -> live`` line each.
+
+    Attributes:
+        forbidden: What keeps this run from resuming.
+        plan: What does so too, unless the run is to be extended.
+        harmless: What merely changed.
+    """
+
+    forbidden: list[str] = field(default_factory=list)
+    plan: list[str] = field(default_factory=list)
+    harmless: list[str] = field(default_factory=list)
+
+
+def compare(saved: Mapping[str, Any], live: Mapping[str, Any]) -> Changes:
+    """What has changed between the fingerprint of a checkpoint and this run's.
 
     Both are ``TrainState.fingerprint`` (``config``: the resolved recipe; ``data``: a hash of the data) with
     ``versions`` and ``schedule`` added. Where both know the hash of the data, it alone speaks for the dataset; one
     that starts with ``partial:`` covers not all of it, so that the dataset's configuration must be the same too.
     """
-    forbidden: list[str] = []
-    harmless: list[str] = []
+    found = Changes()
     same_data = saved.get("data") is not None and saved.get("data") == live.get("data")
     free = (*_FREE, "dataset") if same_data and not str(live["data"]).startswith("partial:") else _FREE
     for key, old, new in _differences(saved.get("config") or {}, live.get("config") or {}):
-        line = f"{key}: {old} -> {new}"
         if _under(key, _NOT_WORTH_SAYING):
             continue
-        (forbidden if _under(key, _MUST_MATCH) and not _under(key, free) else harmless).append(line)
+        counts = _under(key, _MUST_MATCH) and not _under(key, free)
+        into = found.harmless if not counts else found.plan if _under(key, PLAN) else found.forbidden
+        into.append(f"{key}: {old} -> {new}")
     if None not in (saved.get("data"), live.get("data")) and not same_data:
-        forbidden.append(f"data (content, tokenizer, template and options): {saved['data']} -> {live['data']}")
-    planned = _differences(saved.get("schedule") or {}, live.get("schedule") or {})
-    for key, old, new in () if forbidden else planned:  # follows from what is listed already
-        forbidden.append(f"schedule.{key}: {old} -> {new}")
+        found.forbidden.append(f"data (content, tokenizer, template and options): {saved['data']} -> {live['data']}")
+    follows = bool(found.forbidden or found.plan)  # from what is listed already
+    for key, old, new in () if follows else _differences(saved.get("schedule") or {}, live.get("schedule") or {}):
+        found.forbidden.append(f"schedule.{key}: {old} -> {new}")
     for key, old, new in _differences(saved.get("versions") or {}, live.get("versions") or {}):
-        harmless.append(f"{key}: {old} -> {new}")
-    return forbidden, harmless
+        found.harmless.append(f"{key}: {old} -> {new}")
+    return found
 
 
 def _under(key: str, prefixes: tuple[str, ...]) -> bool:

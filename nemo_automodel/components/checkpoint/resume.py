@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +28,15 @@ from nemo_automodel.components.checkpoint import plain
 from nemo_automodel.components.checkpoint.dcp import load_tensors, save_tensors, stored_tensors
 from nemo_automodel.components.checkpoint.ranks import Ranks
 from nemo_automodel.components.checkpoint.shards import like_local, live_tensors, local_of
-from nemo_automodel.errors import CheckpointError
+from nemo_automodel.errors import CheckpointError, first_line
 from nemo_automodel.types import TrainState
 
 logger = logging.getLogger(__name__)
 
 TENSORS = "tensors"
+_SCHEDULED = (  # of a group, what torch's schedulers set
+    "lr", "initial_lr", "max_lr", "min_lr", "betas", "momentum", "base_momentum", "max_momentum",
+)  # fmt: skip
 _LIVE_KEYS = ("fused", "foreach", "capturable")  # how the optimizer runs here, not what it has learned
 
 
@@ -176,8 +180,11 @@ def read_state(directory: Path) -> dict[str, Any]:
     return content
 
 
-def load_resume(state: TrainState, directory: Path, ranks: Ranks) -> None:
+def load_resume(state: TrainState, directory: Path, ranks: Ranks, new_plan: bool = False) -> None:
     """Put everything in ``directory`` into ``state``, in place; every rank calls it.
+
+    With ``new_plan`` the learning rate is not what the checkpoint says but where ``state.lr_scheduler``, a fresh one, is
+    after as many steps.
 
     Raises:
         CheckpointError: The model or the optimizer is another one; the message lists what differs.
@@ -194,9 +201,14 @@ def load_resume(state: TrainState, directory: Path, ranks: Ranks) -> None:
     ranks.together("Loading the state", lambda: load_tensors(directory / TENSORS, targets))
 
     def restore_the_rest() -> None:
+        schedule = plain.decode(document["schedule"], aside)
+        planned = _planned_rates(state, schedule["step"]) if new_plan else []
         _load_optimizer(state.optimizer, names, document["optimizer"], loaded, aside)
-        state.lr_scheduler.load_state_dict(plain.decode(document["lr_scheduler"], aside))
-        state.schedule.load_state_dict(plain.decode(document["schedule"], aside))
+        if new_plan:
+            _set_rates(state.optimizer, planned)
+        else:
+            state.lr_scheduler.load_state_dict(plain.decode(document["lr_scheduler"], aside))
+        state.schedule.load_state_dict(schedule)
         for name, part in state.extra.items():
             part.load_state_dict(plain.decode(document["extra"][name], own))
         _load_rng(state, directory, ranks.rank)
@@ -296,6 +308,30 @@ def _load_optimizer(
             current = optimizer.state[param].get(key)
             if isinstance(current, torch.Tensor) and current.dtype != tensor.dtype:
                 optimizer.state[param][key] = tensor
+
+
+def _planned_rates(state: TrainState, steps: int) -> list[dict[str, Any]]:
+    """What the fresh scheduler sets in each of the optimizer's groups after ``steps`` steps."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's: that the optimizer has taken no step
+        try:
+            for _ in range(steps):
+                state.lr_scheduler.step()
+        except Exception as error:
+            raise CheckpointError(
+                f"checkpoint.extend=true: lr_scheduler cannot be brought to step {steps} of the new plan: {first_line(error)}"
+            ) from error
+    return [{key: group[key] for key in _SCHEDULED if key in group} for group in state.optimizer.param_groups]
+
+
+def _set_rates(optimizer: torch.optim.Optimizer, planned: list[dict[str, Any]]) -> None:
+    before = optimizer.param_groups[0]["lr"]
+    for group, values in zip(optimizer.param_groups, planned, strict=True):
+        group.update(values)
+    logger.info(
+        "The next step's learning rate is %.4g under the new plan, where it was to be %.4g.",
+        optimizer.param_groups[0]["lr"], before,
+    )  # fmt: skip
 
 
 def _spans(optimizer: torch.optim.Optimizer) -> Iterable[tuple[int, int]]:

@@ -198,7 +198,7 @@ CONFIG = {
 }
 
 
-def restored_with(tmp_path, change, data=("d", "d"), total_steps=100):
+def restored_with(tmp_path, change, data=("d", "d"), total_steps=100, extend=False):
     """Save under CONFIG and restore with some keys changed: (section, key, value)."""
     state = make_state()
     state.fingerprint = {"config": CONFIG, "data": data[0]}
@@ -210,7 +210,7 @@ def restored_with(tmp_path, change, data=("d", "d"), total_steps=100):
     other.fingerprint = {"config": config, "data": data[1]}
     before = logits(other.model)
     try:
-        return Checkpointer(None, str(tmp_path), restore_from="latest").restore(other)
+        return Checkpointer(None, str(tmp_path), restore_from="latest", extend=extend).restore(other)
     except CheckpointError:
         assert torch.equal(logits(other.model), before)
         assert other.schedule.step == 0
@@ -282,6 +282,54 @@ def test_36_a_dataset_that_is_not_in_memory_is_not_read(monkeypatch):
 def test_38_another_horizon_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"schedule.total_steps: 100 -> 50"):
         restored_with(tmp_path, [], total_steps=50)
+
+
+def test_extending_lets_the_plan_change_and_nothing_else(tmp_path, caplog):
+    longer = [("step_scheduler", "max_steps", 20), ("optimizer", "lr", 1e-3)]
+    with pytest.raises(CheckpointError, match="belongs to another run") as error:
+        restored_with(tmp_path / "1", longer, extend=True)
+    assert "optimizer.lr" in str(error.value)
+    assert "max_steps" not in str(error.value)
+    with pytest.raises(CheckpointError, match=r"schedule.total_steps: 100 -> 50"):
+        restored_with(tmp_path / "2", [], total_steps=50, extend=True)  # not by the plan: by the data, say
+    assert restored_with(tmp_path / "3", longer[:1], total_steps=200, extend=True)
+    assert f"step_scheduler.max_steps: {CONFIG['step_scheduler']['max_steps']} -> 20" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        lambda o: lrs.LambdaLR(o, lambda s: 0.5**s),
+        lambda o: lrs.CosineAnnealingLR(o, T_max=20),
+        lambda o: lrs.OneCycleLR(o, max_lr=0.1, total_steps=20),
+        lambda o: lrs.SequentialLR(o, [lrs.ConstantLR(o, 0.1, 3), lrs.ExponentialLR(o, 0.5)], [3]),
+    ],
+)
+def test_the_rate_of_an_extended_run_is_the_new_plans(tmp_path, scheduler):
+    state = make_state(scheduler=lambda o: lrs.CosineAnnealingLR(o, T_max=8))
+    state.fingerprint = {"config": {"lr_scheduler": {"total": 8}}}
+    train(state, 5)
+    Checkpointer(None, str(tmp_path)).save(state)
+    whole, extended = make_state(scheduler=scheduler), make_state(scheduler=scheduler)
+    train(whole, 5)
+    extended.fingerprint = {"config": {"lr_scheduler": {"total": 20}}}
+    assert Checkpointer(None, str(tmp_path), restore_from="latest", extend=True).restore(extended)
+    for _ in range(3):
+        now, wanted = ({key: group[key] for key in ("lr", "betas")} for group in (extended.optimizer.param_groups[0], whole.optimizer.param_groups[0]))  # fmt: skip
+        assert now == wanted
+        train(whole, 1)
+        train(extended, 1)
+
+
+def test_a_scheduler_that_cannot_be_brought_to_the_step_is_named(tmp_path):
+    state = make_state()
+    state.fingerprint = {"config": {"lr_scheduler": {"a": 1}}}
+    train(state, 5)
+    Checkpointer(None, str(tmp_path)).save(state)
+    other = make_state(scheduler=lambda o: lrs.OneCycleLR(o, max_lr=0.1, total_steps=3))
+    other.fingerprint = {"config": {"lr_scheduler": {"a": 2}}}
+    with pytest.raises(CheckpointError, match="lr_scheduler cannot be brought to step 5 of the new plan"):
+        Checkpointer(None, str(tmp_path), restore_from="latest", extend=True).restore(other)
 
 
 def test_34_39_harmless_changes_are_listed(tmp_path, caplog):
@@ -458,7 +506,7 @@ def test_plain_state_is_exact():
 
 
 def differences(saved, live):
-    return compare({"config": saved}, {"config": live})[0]
+    return compare({"config": saved}, {"config": live}).forbidden
 
 
 def test_what_the_environment_held_must_be_the_same(tmp_path, monkeypatch):
