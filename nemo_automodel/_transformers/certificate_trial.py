@@ -261,7 +261,10 @@ class Trial:
             adapters.put_on(model, kernel=False)
             experts.multiply_factors(model)
             for name, value in self.values.items():
-                model.get_parameter(name).data.copy_(value)
+                parameter = model.get_parameter(name)
+                if self.dtype == torch.float32:  # gradients in adapters kept in bfloat16 would be rounded to it
+                    parameter.data = parameter.data.float()
+                parameter.data.copy_(value)
         self.blocks = find_blocks(model)
 
     def _cast_buffers(self) -> None:

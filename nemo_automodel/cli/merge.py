@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,18 +41,19 @@ def merge(
 
     if dtype not in _DTYPES:
         raise ConfigError(f"--dtype {dtype}: unknown; write one of {', '.join(_DTYPES)}")
+    adapter_dir = adapter_dir.expanduser()
     directory = find_adapter(adapter_dir)
     target = output.expanduser() if output else _default_output(adapter_dir)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"--output {target}: exists already; remove it or write another one")
     config = read_adapter_config(directory)
-    name = base or config.get("base_model_name_or_path")
+    name = os.path.expanduser(base) if base else config.get("base_model_name_or_path")
     if not name:
         raise ConfigError(f"{directory / _CONFIG} names no base model; pass it: --base MODEL")
     model = _load_base(str(name), config.get("revision") if base is None else None, dtype)
     merge_adapter(model, config, read_adapter_weights(directory))
     _write(target, model, _load_tokenizer(directory, str(name)))
-    print(f"Merged {directory} into {name}: {target}\n  serve it:  vllm serve {target}")
+    print(f"Merged {directory} into {name}: {target}\n  serve it:  vllm serve {shlex.quote(str(target))}")
     return target
 
 

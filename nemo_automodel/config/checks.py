@@ -32,7 +32,7 @@ CONFLICTS = (
 def check_values(calls: Calls, file: str) -> list[str]:
     """Every problem of these kinds, as messages."""
     checks: tuple[Callable[[Calls, str], Iterator[str]], ...] = (
-        _numbers, _dtypes, _batch, _mesh, _warmup, _conflicts, _merged, _quantized, _output, _restore,
+        _numbers, _dtypes, _batch, _mesh, _warmup, _conflicts, _merged, _validated, _loss, _quantized, _output, _restore,
     )  # fmt: skip
     return [problem for check in checks for problem in check(calls, file)]
 
@@ -60,13 +60,15 @@ def _numbers(calls: Calls, file: str) -> Iterator[str]:
 
 def _dtypes(calls: Calls, file: str) -> Iterator[str]:
     for path, node in _leaves(calls):
-        if path.rpartition(".")[2] not in _DTYPE_KEYS or not isinstance(node.value, str):
+        key = path.rpartition(".")[2]
+        if key not in _DTYPE_KEYS or not isinstance(node.value, str):
             continue
         name = node.value.removeprefix("torch.")
-        if name not in (*_DTYPES, *_SHORT_DTYPES, "none"):
-            close = nearest(name, (*_DTYPES, *_SHORT_DTYPES))
-            fix = f"did you mean `{close}`?" if close else f"write one of {', '.join(_DTYPES)}"
-            yield _message(node, path, f"unsupported dtype (there are {', '.join(_DTYPES)})", fix)
+        there_are, short = (_DTYPES, _SHORT_DTYPES) if key != "lora_dtype" else (_DTYPES[:2], _SHORT_DTYPES[:2])
+        if name not in (*there_are, *short, "none"):
+            close = nearest(name, (*there_are, *short))
+            fix = f"did you mean `{close}`?" if close else f"write one of {', '.join(there_are)}"
+            yield _message(node, path, f"unsupported dtype (there are {', '.join(there_are)})", fix)
 
 
 def _batch(calls: Calls, file: str) -> Iterator[str]:
@@ -126,6 +128,22 @@ def _merged(calls: Calls, file: str) -> Iterator[str]:
         yield _message(node, path, "there are no adapters to merge, since there is no `peft` section", "leave it out")
 
 
+def _validated(calls: Calls, file: str) -> Iterator[str]:
+    call = calls.get("step_scheduler")
+    if _value(call, "val_every_steps") is not None and calls.get("validation_dataset") is None:
+        node, path = _written(call, "val_every_steps")  # type: ignore[arg-type]
+        yield _message(
+            node, path, "there is nothing to validate on", "add a `validation_dataset` section, or leave it out"
+        )
+
+
+def _loss(calls: Calls, file: str) -> Iterator[str]:
+    call = calls.get("loss_fn")
+    if call is not None and _value(call, "ignore_index") not in (None, -100):
+        node, path = _written(call, "ignore_index")
+        yield _message(node, path, "the data marks what is not trained on with -100", "leave it out")
+
+
 def _quantized(calls: Calls, file: str) -> Iterator[str]:
     """What a base in four bits cannot do; its weights are never saved, so the adapter needs a base that has a name."""
     call, model = calls.get("quantization"), calls.get("model")
@@ -175,11 +193,13 @@ def _restore(calls: Calls, file: str) -> Iterator[str]:
     named = [Path(wanted).expanduser(), Path(folder) / wanted]
     if any(_is_checkpoint(p) or any(map(_is_checkpoint, p.glob("*/"))) for p in named if p.is_dir()):
         return
-    if wanted == "latest" or (wanted == "best" and there):
+    if wanted == "latest" or (wanted == "best" and (Path(folder) / "BEST").is_file()):
         return  # latest starts anew, and says so, where there is nothing yet: a requeued job needs no other command
     node, path = _written(call, "restore_from")
     fix = (
-        f"there are {', '.join(there)}"
+        f"there are {', '.join(there)}, and none is the best, since none was validated"
+        if there and wanted == "best"
+        else f"there are {', '.join(there)}"
         if there
         else f"{folder} holds no complete checkpoint; leave restore_from out to start anew"
     )

@@ -50,6 +50,13 @@ def losses(workspace, out):
     return [line["loss"] for line in workspace.metrics(out)]
 
 
+def test_adapters_kept_in_bfloat16_are_no_fault(workspace):
+    done = workspace.spawn(
+        CUT, "--peft.match_all_linear=true", "--peft.lora_dtype=bfloat16", "--certificate", "strict", out="bf16"
+    )
+    assert "agree with plain transformers" in done.stdout + done.stderr
+
+
 def test_a_sound_run_says_so_in_a_line_and_keeps_the_evidence(workspace):
     cache = f"--certificate.cache_dir={workspace.path / 'kept'}"
     first = workspace.spawn(CUT, cache, "--packed_sequence.packed_sequence_size=64", "--step_scheduler.local_batch_size=1", "--certificate", "strict", out="sound")  # fmt: skip

@@ -273,13 +273,15 @@ def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _parse_dtype(value: str | torch.dtype | None) -> torch.dtype:
-    if value is None:
-        return torch.float32
-    if isinstance(value, torch.dtype):
-        return value
-    dtype = getattr(torch, value.removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ConfigError(f"peft.lora_dtype={value!r}: must be float32, bfloat16 or float16")
+    name = "float32" if value is None else str(value).removeprefix("torch.")
+    dtype = {"float32": torch.float32, "fp32": torch.float32, "float": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}.get(name)  # fmt: skip
+    if dtype is None:
+        reason = (
+            "; float16 has too little range: AdamW's moments become 0 in it"
+            if name in ("float16", "fp16", "half")
+            else ""
+        )
+        raise ConfigError(f"peft.lora_dtype={name!r}: write float32 or bfloat16{reason}")
     return dtype
 
 

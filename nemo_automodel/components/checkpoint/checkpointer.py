@@ -69,6 +69,7 @@ class Checkpointer:
 
     Attributes:
         stall_s: Seconds that the last save kept training waiting.
+        run: Names the run in its checkpoints; a resumed one keeps it, where it goes on in the same directory.
 
     Raises:
         ConfigError: ``checkpoint_dir`` cannot be written, or ``keep_last`` is less than 1.
@@ -102,7 +103,7 @@ class Checkpointer:
         self._copies = HostCopies() if self._background is not None else None
         self._directory = DirectoryLock(self.root)
         self.stall_s = 0.0
-        self._run = uuid.uuid4().hex
+        self.run = uuid.uuid4().hex
         self._saved_step = 0  # the step whose state is on disk
         self._saved_name: str | None = None  # where, in this run's own directory
         self._schedule: Any | None = None
@@ -181,11 +182,11 @@ class Checkpointer:
 
     def _identity(self) -> dict[str, Any]:
         newest = max((found.sequence for found in publish.find_checkpoints(self.root)), default=0)
-        return {"run": self._run, "sequence": max(newest, 0) + 1}
+        return {"run": self.run, "sequence": max(newest, 0) + 1}
 
     def _publish(self, temporary: Path, name: str, best: tuple[float, str] | None) -> None:
         with self._pointers:
-            publish.publish(temporary, self.root / name, self._run)
+            publish.publish(temporary, self.root / name, self.run)
             publish.write_pointer(self.root, LATEST, name)
             late, self._late, self._unpublished = self._late, None, None
             if best is not None and best[1] == name:
@@ -204,7 +205,7 @@ class Checkpointer:
             best[1] if best else None,
             publish.read_pointer(self.root, BEST),
         }
-        mine = [found for found in publish.find_checkpoints(self.root) if found.run == self._run]
+        mine = [found for found in publish.find_checkpoints(self.root) if found.run == self.run]
         for found in reversed(mine[self.keep_last :]):
             if found.name not in protected:
                 publish.remove(found)
@@ -265,8 +266,8 @@ class Checkpointer:
                 run (the message lists what differs).
         """
         self._schedule = state.schedule
+        self._directory.take(self._ranks, create=self.enabled)  # without saving too: metrics are written there
         if self.enabled:
-            self._directory.take(self._ranks)
             touched = self._ranks.on_main("Cleaning up", lambda: publish.clean(self.root))
             if touched:
                 logger.info("Removed what an interrupted run left in %s: %s", self.root, ", ".join(touched))
@@ -278,7 +279,7 @@ class Checkpointer:
         changed_plan = self._check(found, saved["fingerprint"], state)
         load_resume(state, directory, self._ranks, changed_plan)
         if found.path.parent.resolve() == self.root.resolve():  # else nothing of this run is in its own directory yet
-            self._run, self._saved_step, self._saved_name = found.run, found.step, found.name
+            self.run, self._saved_step, self._saved_name = found.run, found.step, found.name
             self._best = (saved["best"][0], saved["best"][1]) if saved.get("best") else None
             own = self._ranks.on_main(f"Reading {VAL_LOSS}", lambda: _read_val_loss(found.path))
             if own is not None:
@@ -294,7 +295,7 @@ class Checkpointer:
         if self.restore_from == "latest":
             publish.write_pointer(self.root, LATEST, restored.name)
         best = publish.found_at(self.root / self._best[1]) if self._best else None
-        if best is not None and best.run == self._run:
+        if best is not None and best.run == self.run:
             publish.write_pointer(self.root, BEST, best.name)
 
     def _choose(self) -> Found | None:

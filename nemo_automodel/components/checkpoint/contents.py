@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,8 @@ def _merges(state: TrainState, save_merged: bool) -> bool:
 
 
 def _base_name(model: Any) -> str:
-    return str(getattr(model.config, "_name_or_path", "") or "")
+    name = str(getattr(model.config, "_name_or_path", "") or "")
+    return os.path.abspath(name) if name and os.path.isdir(name) else name  # so that it is found from elsewhere too
 
 
 def _datasets(state: TrainState) -> tuple[str, ...]:

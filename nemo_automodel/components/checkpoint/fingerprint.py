@@ -22,6 +22,7 @@ _FREE = (
     "optimizer.fused",
     "optimizer.foreach",
     "optimizer.capturable",
+    "optimizer.offload",
     "model.attn_implementation",
     "freeze.cache_features_gb",
 )

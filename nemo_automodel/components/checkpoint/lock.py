@@ -33,17 +33,18 @@ class DirectoryLock:
         self._taken = False
         self._held: _Held | None = None
 
-    def take(self, ranks: Ranks) -> None:
+    def take(self, ranks: Ranks, create: bool = True) -> None:
         """Hold ``root`` until ``release``, or until nothing refers to this; every rank calls it.
 
-        Where the file system has no locks, that is said and the run goes on without.
+        Where the file system has no locks, that is said and the run goes on without. ``create``: where there is no
+        ``root`` yet; else there is nothing to hold then.
 
         Raises:
             DirectoryInUseError: Another run holds it.
         """
         if self._taken:
             return
-        problem = ranks.on_main(f"Locking {self._root}", self._take)
+        problem = ranks.on_main(f"Locking {self._root}", lambda: self._take(create))
         if problem is not None:
             raise DirectoryInUseError(problem)
         self._taken = True
@@ -52,8 +53,10 @@ class DirectoryLock:
         """Let other runs save there."""
         self._taken, self._held = False, None
 
-    def _take(self) -> str | None:
+    def _take(self, create: bool) -> str | None:
         file = self._root / _NAME
+        if not create and not self._root.is_dir():
+            return None
         try:
             self._root.mkdir(parents=True, exist_ok=True)
             self._held = _hold(file)

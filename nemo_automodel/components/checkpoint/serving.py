@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
+from typing import Any
 
 from nemo_automodel.components.checkpoint.adapters import CONFIG
+
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def serving_advice(checkpoint: Path) -> str:
@@ -18,22 +22,28 @@ def serving_advice(checkpoint: Path) -> str:
     adapter = adapter if adapter.is_dir() else model
     lines = [f"Checkpoint: {checkpoint}"]
     if (model / "config.json").exists():
-        lines += [f"  serve the model:    vllm serve {model}"]
+        lines += [f"  serve the model:    vllm serve {_typed(model)}"]
     if not (adapter / CONFIG).exists():
         return "\n".join(lines)
     config = json.loads((adapter / CONFIG).read_text())
     base, rank = config.get("base_model_name_or_path"), config.get("r", 0)
     if config.get("use_dora"):
-        lines += [f"  vLLM has no DoRA; merge it first:  automodel merge {checkpoint}"]
-    elif base:
+        lines += (
+            [] if model != adapter else [f"  vLLM has no DoRA; merge it first:  automodel merge {_typed(checkpoint)}"]
+        )
+    elif base and rank <= _VLLM_RANKS[-1]:
         lines += [
-            f"  serve the adapter:  vllm serve {base} --enable-lora --max-lora-rank {_vllm_rank(rank)} --lora-modules tuned={adapter}",
+            f"  serve the adapter:  vllm serve {_typed(base)} --enable-lora --max-lora-rank {_vllm_rank(rank)} --lora-modules {_typed(f'tuned={adapter}')}",
         ]
     if model == adapter:
-        lines += [f"  merge it into full weights:  automodel merge {checkpoint}"]
+        lines += [f"  merge it into full weights:  automodel merge {_typed(checkpoint)}"]
     return "\n".join(lines)
+
+
+def _typed(what: Any) -> str:
+    return shlex.quote(str(what))
 
 
 def _vllm_rank(rank: int) -> int:
     """The smallest maximum that vLLM offers and that holds ``rank``."""
-    return next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
+    return next((size for size in _VLLM_RANKS if size >= rank), rank)

@@ -91,9 +91,15 @@ class Fp8Config:
             raise ConfigError(
                 "fp8: this GPU has no FP8 products (compute capability below 8.9); write fp8.enabled: false"
             )
-        if device.type != "cuda":
-            logger.warning("fp8: no GPU, so FP8 is imitated: right, but slower than without")
         taken = [m for m in linears if _fits(m, self.min_features)]
+        if not taken:
+            logger.warning(
+                "fp8: no layer computes in FP8: this model's blocks hold %s",
+                f"{len(linears)} nn.Linear, each with fewer than {self.min_features} inputs or outputs (fp8.min_features), sizes no "
+                f"multiples of {MULTIPLE}, or a forward of its own" if linears else "no nn.Linear (GPT-2 has Conv1D layers, say)",
+            )  # fmt: skip
+        elif device.type != "cuda":
+            logger.warning("fp8: no GPU, so FP8 is imitated: right, but slower than without")
         for module in taken:
             self._change(module, self.keeps_copies(peft) and not module.weight.requires_grad, device)
         self._report(len(linears), taken)

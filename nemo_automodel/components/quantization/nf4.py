@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nemo_automodel.components.quantization.linears import computes_plainly, frozen_linears, with_mixin
+from nemo_automodel.components.quantization.linears import block_linears, computes_plainly, frozen_linears, with_mixin
 from nemo_automodel.errors import ConfigError
 from nemo_automodel.kernels.nf4 import BLOCK, Packed, nf4_linear, nf4_lora_linear, pack, unpack
 
@@ -66,6 +66,11 @@ class QuantizationConfig:
         if not self.load_in_4bit:
             return False
         frozen = frozen_linears(blocks)
+        if not block_linears(blocks):
+            raise ConfigError(
+                "quantization: this model's blocks hold no nn.Linear, and only those are kept in four bits (GPT-2 has Conv1D "
+                "layers); write quantization.load_in_4bit: false"
+            )
         if not frozen:
             raise ConfigError(
                 "quantization: only frozen weights can be kept in four bits, and this run trains them all; add a peft "
@@ -91,6 +96,11 @@ class QuantizationConfig:
             "weights stay as they are (embeddings, output head, stacked experts, layers below quantization.min_features)",
             taken, frozen, self.bnb_4bit_quant_type, packed / 1e9, rest / 1e9,
         )  # fmt: skip
+        if not taken:
+            logger.warning(
+                "quantization: no layer is in four bits: all have fewer than %d inputs or outputs (quantization.min_features), "
+                "sizes whose product is no multiple of %d, or a forward of their own", self.min_features, 2 * BLOCK,
+            )  # fmt: skip
 
 
 class Nf4Linear(nn.Module):

@@ -14,6 +14,8 @@ import torch
 from huggingface_hub import constants
 from torch import nn
 
+from nemo_automodel.errors import ConfigError
+
 logger = logging.getLogger(__name__)
 
 
@@ -37,6 +39,13 @@ class CompileConfig:
     fullgraph: bool = False
     dynamic: bool | None = None
     cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode is not None:
+            from torch._inductor import list_mode_options
+
+            if self.mode not in (modes := list(list_mode_options())):
+                raise ConfigError(f"compile.mode={self.mode!r}: write one of {', '.join(modes)}, or leave it out")
 
     def wanted(self, device: torch.device) -> bool:
         """Whether blocks on ``device`` are compiled."""

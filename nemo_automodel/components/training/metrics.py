@@ -5,6 +5,7 @@ Nothing leaves the machine unless the recipe names a tracker.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -34,8 +35,9 @@ class Loggers:
     ``num_tokens`` and ``num_label_tokens`` (over all ranks; with images ``num_images`` too), ``tokens_per_s`` (likewise), ``step_time_s``,
     ``data_wait_s`` (the part of it in which the loop waited for data; of a mean step since the last line, validation or save), ``mem_gib``
     (peak: of the GPU, or of the process on a CPU) and ``time`` (Unix seconds). Each validation is a line of
-    ``validation.jsonl``: ``step``, ``epoch``, ``val_loss``, ``time``. A resumed run first drops what an aborted one
-    wrote after the restored step; a fresh run in the same place moves older files aside.
+    ``validation.jsonl``: ``step``, ``epoch``, ``val_loss``, ``time``. Both say in ``run`` whose they are, as checkpoints'
+    manifests do. A resumed run first drops what an aborted one wrote after the restored step; files of other runs in the
+    same place are moved aside, and back where their run goes on.
 
     Args:
         env: The process environment (given by the recipe): ``is_main``, ``device``, ``world_size``.
@@ -75,19 +77,22 @@ class Loggers:
                 self._wanted[extra] = dict(options) if isinstance(options, Mapping) else {}
         self._trackers: dict[str, Tracker] = {}
         self._files: dict[str, TextIO] = {}
+        self._run: dict[str, str] = {}
         self._display = ProgressDisplay(0, enabled=False)
 
-    def start(self, model: nn.Module, loss_fn: Any) -> None:
+    def start(self, model: nn.Module, loss_fn: Any, run: str | None = None) -> None:
         """Say once what is about to run, open the files and trackers, and start the clock.
 
         Args:
             model: The model as it will be trained.
             loss_fn: The training criterion.
+            run: Names the run, over resumes; None where nothing does.
         """
         first_step = self.schedule.step
+        self._run = {} if run is None else {"run": run}
         if self.env.is_main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            self._files = {name: open_jsonl(self.output_dir / name, first_step) for name in _FILES}
+            self._files = {name: open_jsonl(self.output_dir / name, first_step, run) for name in _FILES}
             for extra, options in self._wanted.items():
                 self._open_tracker(extra, options, first_step)
             if self.progress is not False:
@@ -159,9 +164,11 @@ class Loggers:
         self._display.print(f"step {self.schedule.step}  validation loss {val_loss:.4f}")
 
     def checkpoint(self, path: Any) -> None:
-        """Say that a checkpoint was, or in the background is, written to ``path``; its time counts for no step."""
+        """Say that a checkpoint was, or in the background is, written to ``path`` (None: none); its time counts for no step."""
         self._restart_clock()
-        done = "saved" if path is None or Path(path).exists() else "saving in the background:"
+        if path is None:  # saving is off
+            return
+        done = "saved" if Path(path).exists() else "saving in the background:"
         self._display.print(f"step {self.schedule.step}  {done} {path}")
 
     def finish(self) -> None:
@@ -189,7 +196,7 @@ class Loggers:
         return getattr(self.schedule, "data_wait_s", 0.0)  # a scheduler of one's own may not count it
 
     def _write(self, name: str, metrics: Mapping[str, Any]) -> None:
-        self._files[name].write(json.dumps(metrics) + "\n")
+        self._files[name].write(json.dumps({**metrics, **self._run}) + "\n")
         self._files[name].flush()  # a killed run keeps every line
 
     def _track(self, group: str, metrics: Mapping[str, Any]) -> None:
@@ -223,22 +230,45 @@ class Loggers:
 _FILES = ("metrics.jsonl", "validation.jsonl")
 
 
-def open_jsonl(path: Path, first_step: int) -> TextIO:
+def open_jsonl(path: Path, first_step: int, run: str | None = None) -> TextIO:
     """Open ``path`` for appending lines of steps after ``first_step``, so that no step ever has two lines.
 
     A resumed run (``first_step`` > 0) drops later lines and a half-written last one. A fresh run moves an older
-    file aside, to ``<name>.<time of its last line>``.
+    file aside, to ``<name>.<time of its last line>``, and so does one that finds another ``run``'s there; a resumed one
+    brings its own back.
     """
-    if path.exists() and path.stat().st_size:
-        if first_step == 0:
-            written = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
-            path.rename(path.with_name(f"{path.stem}.{written}{path.suffix}"))
-        else:
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _is_up_to(line, first_step)]
-            rewritten = path.with_name(path.name + ".tmp")
-            rewritten.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            os.replace(rewritten, path)
+    if path.exists() and path.stat().st_size and (first_step == 0 or _is_of_another(path, run)):
+        written = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+        path.rename(_unused(path.with_name(f"{path.stem}.{written}{path.suffix}")))
+    if first_step and run is not None and not path.exists():
+        own = [p for p in path.parent.glob(f"{path.stem}.*{path.suffix}") if _run_of(p) == run]
+        if own:
+            max(own, key=lambda p: p.stat().st_mtime).rename(path)
+    if path.exists() and first_step:
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _is_up_to(line, first_step)]
+        rewritten = path.with_name(path.name + ".tmp")
+        rewritten.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(rewritten, path)
     return path.open("a", encoding="utf-8")
+
+
+def _is_of_another(path: Path, run: str | None) -> bool:
+    return None not in (run, found := _run_of(path)) and found != run
+
+
+def _run_of(path: Path) -> str | None:
+    """Whose lines ``path`` holds, by its first one; None where it does not say."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            line = json.loads(file.readline())
+    except (OSError, ValueError):
+        return None
+    return line.get("run") if isinstance(line, dict) else None
+
+
+def _unused(path: Path) -> Path:
+    numbered = (path.with_name(f"{path.stem}-{i}{path.suffix}") for i in itertools.count(1))
+    return next(p for p in itertools.chain([path], numbered) if not p.exists())
 
 
 def _is_up_to(line: str, step: int) -> bool:

@@ -96,7 +96,7 @@ def main(cfg: Config) -> int:
     state = TrainState(model, processor, peft, optimizer, lr_scheduler, schedule, rng, fingerprint)
     checkpointer.restore(state)
     guard.protect(state, save=checkpointer.finish)
-    log.start(model=model, loss_fn=loss_fn)
+    log.start(model=model, loss_fn=loss_fn, run=getattr(checkpointer, "run", None))
 
     # --- training: one iteration is one optimizer step ---------------------------------------------------------
     model.train()

@@ -551,6 +551,13 @@ def test_a_second_run_in_the_same_directory_is_refused_until_the_first_is_gone(t
     assert not unpublished.exists()
 
 
+def test_a_run_that_saves_nothing_is_refused_there_too(tmp_path, other_run, monkeypatch):
+    other_run()
+    monkeypatch.setattr(lock, "_WAIT_S", 0.5)
+    with pytest.raises(ConfigError, match="another run is saving in"):
+        Checkpointer(None, str(tmp_path), enabled=False).restore(make_state())
+
+
 def test_a_run_that_has_finished_lets_the_next_one_save(tmp_path, other_run, monkeypatch):
     other = other_run("finish")
     monkeypatch.setattr(lock, "_WAIT_S", 40.0)  # on a slow machine the end takes its time

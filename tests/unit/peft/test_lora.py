@@ -98,6 +98,7 @@ def test_class_13_a_pattern_that_matches_nothing_is_an_error(options, message):
         ({"dropout_position": "mid"}, "one of pre, post"),
         ({"lora_A_init": "zeros"}, "one of kaiming, xavier, gaussian"),
         ({"lora_dtype": "int8"}, "peft.lora_dtype='int8'"),
+        ({"lora_dtype": "float16"}, "float16 has too little range"),
     ],
 )
 def test_bad_options_are_refused(options, message):

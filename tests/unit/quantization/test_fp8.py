@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from nemo_automodel import NeMoAutoModelForCausalLM
 from nemo_automodel.components._peft.linear import LoRALinear
@@ -231,6 +232,19 @@ def test_only_frozen_weights_of_adapted_models_have_copies():
     model = build(Fp8Config(min_features=16), peft=False)
     assert all(isinstance(layer, Fp8DynamicLinear) for layer in fp8_layers(model))
     assert not [name for name, _ in model.named_buffers() if "fp8" in name]
+
+
+def test_that_no_layer_is_taken_is_said_with_the_reason(caplog):
+    model = AutoModelForCausalLM.from_config(tiny_config("llama"), dtype=torch.bfloat16)
+    caplog.set_level(logging.INFO)
+    assert not Fp8Config(min_features=4096).apply(list(model.model.layers), torch.bfloat16, torch.device("cpu"), None)
+    assert "no layer computes in FP8" in caplog.text
+    assert "fp8.min_features" in caplog.text
+    assert "imitated" not in caplog.text
+    caplog.clear()
+    gpt2 = AutoModelForCausalLM.from_config(tiny_config("gpt2"), dtype=torch.bfloat16)
+    assert not Fp8Config(min_features=1).apply(list(gpt2.transformer.h), torch.bfloat16, torch.device("cpu"), None)
+    assert "no nn.Linear" in caplog.text
 
 
 def test_off_is_off():

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from nemo_automodel import NeMoAutoModelForCausalLM
 from nemo_automodel.components._peft.linear import LoRALinear
@@ -219,7 +220,7 @@ def test_a_cast_leaves_the_scales_alone(base):
     assert torch.equal(layer.weight, before)
 
 
-def test_what_cannot_be_is_refused(base):
+def test_what_cannot_be_is_refused(base, caplog):
     with pytest.raises(ConfigError, match="add a peft section"):
         NeMoAutoModelForCausalLM.from_pretrained(str(base), quantization=QuantizationConfig())
     with pytest.raises(ConfigError, match="write nf4 or fp4"):
@@ -230,3 +231,7 @@ def test_what_cannot_be_is_refused(base):
         peft.merged_state_dict(model)
     assert not list(nf4_layers(quantised(base, load_in_4bit=False)))
     assert not list(nf4_layers(quantised(base, min_features=256)))
+    assert "no layer is in four bits" in caplog.text
+    conv = [nn.ModuleList([Conv1D(8, 8)])]
+    with pytest.raises(ConfigError, match=r"hold no nn\.Linear"):
+        QuantizationConfig().apply(nn.ModuleList(conv), conv, torch.device("cpu"))

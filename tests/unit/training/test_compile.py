@@ -15,6 +15,7 @@ from torch import nn
 
 from nemo_automodel import kernels
 from nemo_automodel.components.training.compile import CompileConfig, take_gradients_at_the_first
+from nemo_automodel.errors import ConfigError
 
 
 class Block(nn.Module):
@@ -35,6 +36,11 @@ def test_on_for_cuda_unless_said_otherwise(enabled, device, expected, monkeypatc
     assert config.apply(blocks, torch.device(device)) is expected
     options = {"mode": "max-autotune", "fullgraph": True, "dynamic": False, "options": None}
     assert compiled == [options] * (2 if expected else 0)
+
+
+def test_a_mode_that_there_is_not_is_named_with_those_there_are():
+    with pytest.raises(ConfigError, match=r"compile\.mode='foo': write one of default, .*max-autotune"):
+        CompileConfig(mode="foo")
 
 
 @pytest.mark.parametrize(("width", "bias", "unpadded"), [(1096, True, True), (1096, False, False), (1088, True, False), (24, True, False)])  # fmt: skip

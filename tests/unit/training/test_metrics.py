@@ -112,6 +112,34 @@ def test_open_jsonl_keeps_an_earlier_run_that_ended_at_the_restored_step(tmp_pat
     assert lines(path) == [{"step": 1}, {"step": 2}]
 
 
+def test_a_resumed_run_goes_on_in_its_own_file(tmp_path):
+    """The run, another one in its place, a dry run in the same second, and the first again from its second step."""
+    path = tmp_path / "metrics.jsonl"
+
+    def write(first_step, run, steps):
+        with open_jsonl(path, first_step, run) as file:
+            file.writelines(json.dumps({"step": step, "run": run}) + "\n" for step in steps)
+
+    write(0, "first", range(1, 5))
+    write(0, "other", range(1, 3))
+    write(0, "dry", range(1, 5))
+    write(2, "first", [3])
+    assert lines(path) == [{"step": step, "run": "first"} for step in (1, 2, 3)]
+    aside = [lines(p) for p in tmp_path.glob("metrics.2*.jsonl")]
+    assert sorted((found[0]["run"], len(found)) for found in aside) == [("dry", 4), ("other", 2)]
+    write(3, "elsewhere", [4])  # resumed from another directory: nothing here is its own
+    assert lines(path) == [{"step": 4, "run": "elsewhere"}]
+
+
+def test_every_line_says_whose_it_is(env, tmp_path):
+    log = Loggers(env, schedule=StepScheduler(), output_dir=str(tmp_path), progress=False)
+    log.start(nn.Linear(2, 3), nn.CrossEntropyLoss(), run="a1")
+    log.train_step(1.0, 1.0, 1.0, 4, 3)
+    log.validation(val_loss=1.0)
+    log.checkpoint(None)
+    assert [lines(tmp_path / name)[0]["run"] for name in ("metrics.jsonl", "validation.jsonl")] == ["a1", "a1"]
+
+
 def test_validation_and_saving_count_for_no_step(env, tmp_path):
     loader, schedule = TwoRowLoader(), StepScheduler()
     schedule.plan(loader)
