@@ -12,6 +12,10 @@ from nemo_automodel.errors import DataError
 
 PLACEHOLDER = "<image>"
 """Stands for the next image of the row's images column, in a text."""
+IMAGE_COLUMNS = ("images", "image")
+"""Where a row's images are looked for, unless a column is named."""
+_LIKE_IMAGES = ("image_path", "image_paths", "img", "imgs", "img_path", "image_file", "image_url", "image_urls")
+_MEDIA = ("video", "audio")
 _SOURCES = ("image", "path", "url", "image_url", "bytes", "base64")
 
 
@@ -37,18 +41,20 @@ def conversation_of(
         images_column: column of the images, a list or a single one; None: ``images`` or ``image``, if there.
 
     Raises:
-        DataError: no conversation, a part of another kind, or images and their places that do not match.
+        DataError: no conversation, videos or audio, a part of another kind, images and their places that do not match,
+            or no image but a column that looks like one.
     """
+    _refuse_media(row, where)
     column = _column_of_images(row, images_column, where)
     waiting = _as_list(row.get(column)) if column is not None else []
     found = Conversation([])
-    has_column, placed = column is not None, 0
+    placed = 0
     messages = to_messages({k: v for k, v in row.items() if k != column}, where, messages_column)
     if not messages:
         return found
     for message in messages:
         parts: list[dict[str, Any]] = []
-        for part in _parts(message["content"], has_column, where):
+        for part in _parts(message["content"], message["role"], where):
             if part["type"] == "image":
                 source = _source_of(part)
                 if source is None:
@@ -61,10 +67,14 @@ def conversation_of(
     if waiting and not placed:
         _put_first(found, waiting, where)
     elif placed != len(waiting):
-        raise DataError(
-            f"{where}: {placed} places for images ({PLACEHOLDER} or parts of type image without a source), but "
-            f"{len(waiting)} in {'column ' + repr(column) if column else 'the row (it has no images column)'}; give each place one image"
+        count = (
+            f"{placed} places for images ({PLACEHOLDER} or parts of type image without a source), but {len(waiting)} in"
         )
+        if column is not None:
+            raise DataError(f"{where}: {count} column {column!r}; give each place one image")
+        raise DataError(f"{where}: {count} the row, {_no_column(row)}")
+    elif not found.images and column is None and _likely(row):
+        raise DataError(f"{where}: no image is read from the row, {_no_column(row)}")
     return found
 
 
@@ -91,21 +101,55 @@ def _column_of_images(row: dict[str, Any], asked: str | None, where: str) -> str
                 f"{where}: no column {asked!r} (dataset.images_column); there is {', '.join(map(repr, row))}"
             )
         return asked
-    return next((name for name in ("images", "image") if name in row), None)
+    there = [name for name in IMAGE_COLUMNS if name in row]
+    return next((name for name in there if row[name]), there[0] if there else None)
 
 
-def _parts(content: Any, splits: bool, where: str) -> list[dict[str, Any]]:
-    if isinstance(content, str):
-        return _of_text(content, splits)
+def _likely(row: dict[str, Any]) -> list[str]:
+    return [name for name in _LIKE_IMAGES if isinstance(row.get(name), str | bytes | list | dict) and row[name]]
+
+
+def _no_column(row: dict[str, Any]) -> str:
+    """What is said of a row without an images column, and what to write."""
+    fix = (
+        f"set dataset.images_column: {likely[0]}, or rename that column to 'images'"
+        if (likely := _likely(row))
+        else f"put the images in one of them, or name theirs as dataset.images_column; an image that is a part of a message "
+        f"needs no {PLACEHOLDER}"
+    )
+    return (
+        f"which has no images column (read are {' and '.join(map(repr, IMAGE_COLUMNS))}, there is "
+        f"{', '.join(map(repr, row))}); {fix}"
+    )
+
+
+def _refuse_media(row: dict[str, Any], where: str) -> None:
+    for kind in _MEDIA:
+        for name in (f"{kind}s", kind):
+            if row.get(name):
+                raise DataError(
+                    f"{where}: column {name!r} is not empty, but {kind} is not supported, only images are; take the row out, "
+                    "or rename the column if its words say everything without it"
+                )
+
+
+def _parts(content: Any, role: str, where: str) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = []
-    for part in content:
+    for part in [content] if isinstance(content, str) else content:
         if isinstance(part, str):
             part = {"type": "text", "text": part}
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            parts += _of_text(part["text"], splits)
+            asked = [f"<{media}>" for media in _MEDIA if role == "user" and f"<{media}>" in part["text"]]
+            if asked:
+                raise DataError(
+                    f"{where}: {asked[0]} in what the user says, but only images are supported; take the row out"
+                )
+            parts += _of_text(part["text"])
         elif kind in ("image", "image_url"):
             parts.append({**part, "type": "image"})
+        elif isinstance(kind, str) and any(media in kind for media in _MEDIA):
+            raise DataError(f"{where}: a part of type {kind}, but only text and images are supported; take the row out")
         else:
             raise DataError(
                 f"{where}: a part of a message must be {{type: text, text: ...}} or {{type: image, ...}}, got {str(part)[:80]}"
@@ -113,9 +157,9 @@ def _parts(content: Any, splits: bool, where: str) -> list[dict[str, Any]]:
     return parts
 
 
-def _of_text(text: str, splits: bool) -> list[dict[str, Any]]:
+def _of_text(text: str) -> list[dict[str, Any]]:
     """``text`` with an image part for each placeholder (LLaVA's line break beside one goes with it)."""
-    if not splits or PLACEHOLDER not in text:
+    if PLACEHOLDER not in text:
         return [{"type": "text", "text": text}]
     pieces = text.split(PLACEHOLDER)
     parts: list[dict[str, Any]] = []
