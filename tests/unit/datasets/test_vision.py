@@ -288,6 +288,8 @@ BAD = {
     "a video": (ask({"type": "video", "path": "a.mp4"}), "data.jsonl:1: a part of type video, but only text and images"),
     "audio as a part": (ask({"type": "input_audio", "path": "a.wav"}), "a part of type input_audio, but only text and images"),
     "another part": (ask({"type": "table", "path": "a.csv"}), "a part of a message must be"),
+    "two system turns": ({"system": "Be kind.", "messages": [{"role": "system", "content": "Be brief."}, *ONE["messages"]]}, "data.jsonl:1: column 'system' has a system turn and the conversation has one too"),
+    "system of no text": ({**ONE, "system": ["Be kind."]}, "data.jsonl:1: column 'system' must be str, got"),
     "no conversation": ({"images": ["0.png"], "caption": "a"}, "no conversation found; there is 'caption'"),
 }  # fmt: skip
 
@@ -298,6 +300,25 @@ def test_what_is_wrong_is_said_in_one_line_that_names_the_row(processors, folder
     with pytest.raises(DataError, match=message) as caught:
         make_vlm_chat_dataset(processors("gemma3"), write(folder, [row]))
     assert "\n" not in str(caught.value)
+
+
+def test_a_system_column_is_the_first_turn(processors, folder):
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": ANSWER}]
+    asked = {"instruction": "What?", "output": ANSWER}
+    rows = [
+        {"messages": [{"role": "system", "content": "Be kind."}, *ask(text("What?"))["messages"]]},
+        {**ask(text("What?")), "system": "Be kind."},
+        {"conversations": turns, "system": "Be kind."},
+        {**asked, "system": "Be kind."},
+    ]
+    rows = [{**row, "image": "0.png"} for row in rows]
+    plain = [{**ask(text("What?")), "image": "0.png", "system": none} for none in ("", None)]
+    first, *others, empty, null = make_vlm_chat_dataset(processors("gemma3"), write(folder, [*rows, *plain]))
+    assert "Be kind." in processors("gemma3").tokenizer.decode(first["input_ids"])
+    for other in others:
+        assert (other["input_ids"], other["labels"]) == (first["input_ids"], first["labels"])
+    assert "Be kind." not in processors("gemma3").tokenizer.decode(empty["input_ids"])
+    assert empty["input_ids"] == null["input_ids"]
 
 
 def test_columns_without_a_value_are_no_media(processors, folder):

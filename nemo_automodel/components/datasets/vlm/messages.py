@@ -8,6 +8,7 @@ from typing import Any
 
 from nemo_automodel.components.datasets.chat_template import Message
 from nemo_automodel.components.datasets.llm.chat import to_messages
+from nemo_automodel.components.datasets.sources import field as field_of
 from nemo_automodel.errors import DataError
 
 PLACEHOLDER = "<image>"
@@ -15,6 +16,7 @@ PLACEHOLDER = "<image>"
 IMAGE_COLUMNS = ("images", "image")
 """Where a row's images are looked for, unless a column is named."""
 _LIKE_IMAGES = ("image_path", "image_paths", "img", "imgs", "img_path", "image_file", "image_url", "image_urls")
+_SYSTEM = "system"
 _MEDIA = ("video", "audio")
 _SOURCES = ("image", "path", "url", "image_url", "bytes", "base64")
 
@@ -33,7 +35,7 @@ def conversation_of(
     """The conversation that ``row`` holds, in any of the forms in which they are passed around.
 
     Args:
-        row: its messages as ``to_messages`` reads them. An image is a part of a message (``{type: image, image: ...}``,
+        row: its messages as ``to_messages`` reads them, after what column ``system`` says, if there. An image is a part of a message (``{type: image, image: ...}``,
             also under ``path``, ``url`` or ``image_url``), or comes from the images column, in order: for each part
             without a source of its own, each ``<image>`` in a text; where there are neither, before the first user's text.
         where: where the row stands, for messages.
@@ -41,7 +43,7 @@ def conversation_of(
         images_column: column of the images, a list or a single one; None: ``images`` or ``image``, if there.
 
     Raises:
-        DataError: no conversation, videos or audio, a part of another kind, images and their places that do not match,
+        DataError: no conversation, two system turns, videos or audio, a part of another kind, images and their places that do not match,
             or no image but a column that looks like one.
     """
     _refuse_media(row, where)
@@ -49,9 +51,10 @@ def conversation_of(
     waiting = _as_list(row.get(column)) if column is not None else []
     found = Conversation([])
     placed = 0
-    messages = to_messages({k: v for k, v in row.items() if k != column}, where, messages_column)
+    messages = to_messages({k: v for k, v in row.items() if k not in (column, _SYSTEM)}, where, messages_column)
     if not messages:
         return found
+    messages = _with_system(messages, row, where)
     for message in messages:
         parts: list[dict[str, Any]] = []
         for part in _parts(message["content"], message["role"], where):
@@ -92,6 +95,17 @@ def about_an_image(row: dict[str, Any], column: str, question: str, answer: str,
 def text_only(messages: list[Message], token: str | None) -> list[Message]:
     """Messages whose content is plain text, images as ``token``: for templates that know no parts."""
     return [{**m, "content": "".join(p["text"] if p["type"] == "text" else token or "" for p in m["content"])} for m in messages]  # fmt: skip
+
+
+def _with_system(messages: list[Message], row: dict[str, Any], where: str) -> list[Message]:
+    if not row.get(_SYSTEM):
+        return messages
+    system = {"role": "system", "content": field_of(row, _SYSTEM, where)}
+    if any(message["role"] == "system" for message in messages):
+        raise DataError(
+            f"{where}: column {_SYSTEM!r} has a system turn and the conversation has one too; keep one of them"
+        )
+    return [system, *messages]
 
 
 def _column_of_images(row: dict[str, Any], asked: str | None, where: str) -> str | None:
