@@ -321,6 +321,25 @@ def test_a_system_column_is_the_first_turn(processors, folder):
     assert empty["input_ids"] == null["input_ids"]
 
 
+def test_data_without_any_image_is_said_to_be_text(processors, folder, caplog):
+    rows = [BARE, {**BARE, "scan": "0.png"}]
+    make_vlm_chat_dataset(processors("gemma3"), write(folder, rows))
+    (said,) = (
+        r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "no row has an image" in r.getMessage()
+    )
+    assert "data.jsonl: no row has an image" in said
+    assert "from column 'images' or 'image'; there is 'messages', 'scan'. " in said
+    caplog.clear()
+    values = {name: datasets.Value("string") for name in ("question", "answer")} | {"photo": datasets.Image()}
+    table = {"question": ["What?"], "answer": [ANSWER], "photo": [{"bytes": b"torn", "path": None}]}
+    datasets.Dataset.from_dict(table, features=datasets.Features(values)).to_parquet(folder / "other.parquet")
+    make_vlm_chat_dataset(processors("gemma3"), str(folder / "other.parquet"))
+    assert "there is 'question', 'answer', 'photo'. " in caplog.text
+    caplog.clear()
+    make_vlm_chat_dataset(processors("gemma3"), write(folder, [*rows, ONE], "mixed.jsonl"))
+    assert "no row has an image" not in caplog.text
+
+
 def test_columns_without_a_value_are_no_media(processors, folder):
     """As rows of one table have them: a row's own column of images is read, though one of the other name is there."""
     empty = {"videos": [], "video": None, "audios": None, "audio": "", "img": None}
