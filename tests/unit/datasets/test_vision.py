@@ -277,7 +277,19 @@ BAD = {
     "placeholder as text": (ask(text("see <start_of_image>")), "a text holds '<start_of_image>', which stands for an image"),
     "no user": ({"messages": [{"role": "assistant", "content": ANSWER}], "image": "0.png"}, "data.jsonl:1: 1 images, but no <image> and no message of role user .* there is assistant"),
     "a number": ({**ask(text("<image>")), "images": [7]}, "an image must be a path, bytes or"),
-    "a video": (ask({"type": "video", "path": "a.mp4"}), "a part of a message must be"),
+    "a place, but no column": (ask(text("<image> What?")), r"data.jsonl:1: 1 places for images .* but 0 in the row, .* \(read are 'images' and 'image', there is 'messages'\); put the images"),
+    "a place beside a part": (ask(picture("0.png"), text("<image> What?")), "1 places for images .* needs no <image>"),
+    "a column of another name": ({**ask(text("<image> What?")), "img": "0.png"}, "there is 'messages', 'img'.; set dataset.images_column: img, or rename"),
+    "another name, no place": ({**ask(text("What?")), "image_path": "0.png"}, "data.jsonl:1: no image is read from the row, .* there is 'messages', 'image_path'.; set dataset.images_column: image_path"),
+    "videos": ({**ask(text("What?")), "videos": ["a.mp4"]}, "data.jsonl:1: column 'videos' is not empty, but video is not supported"),
+    "audio": ({**ask(text("What?")), "image": "0.png", "audio": "a.wav"}, "column 'audio' is not empty, but audio is not supported"),
+    "a video's place": (ask(text("<video> What?")), "data.jsonl:1: <video> in what the user says, but only images"),
+    "an audio's place": ({**ask("<audio> What?"), "image": "0.png"}, "data.jsonl:1: <audio> in what the user says, but only images"),
+    "a video": (ask({"type": "video", "path": "a.mp4"}), "data.jsonl:1: a part of type video, but only text and images"),
+    "audio as a part": (ask({"type": "input_audio", "path": "a.wav"}), "a part of type input_audio, but only text and images"),
+    "another part": (ask({"type": "table", "path": "a.csv"}), "a part of a message must be"),
+    "two system turns": ({"system": "Be kind.", "messages": [{"role": "system", "content": "Be brief."}, *ONE["messages"]]}, "data.jsonl:1: column 'system' has a system turn and the conversation has one too"),
+    "system of no text": ({**ONE, "system": ["Be kind."]}, "data.jsonl:1: column 'system' must be str, got"),
     "no conversation": ({"images": ["0.png"], "caption": "a"}, "no conversation found; there is 'caption'"),
 }  # fmt: skip
 
@@ -288,6 +300,54 @@ def test_what_is_wrong_is_said_in_one_line_that_names_the_row(processors, folder
     with pytest.raises(DataError, match=message) as caught:
         make_vlm_chat_dataset(processors("gemma3"), write(folder, [row]))
     assert "\n" not in str(caught.value)
+
+
+def test_a_system_column_is_the_first_turn(processors, folder):
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": ANSWER}]
+    asked = {"instruction": "What?", "output": ANSWER}
+    rows = [
+        {"messages": [{"role": "system", "content": "Be kind."}, *ask(text("What?"))["messages"]]},
+        {**ask(text("What?")), "system": "Be kind."},
+        {"conversations": turns, "system": "Be kind."},
+        {**asked, "system": "Be kind."},
+    ]
+    rows = [{**row, "image": "0.png"} for row in rows]
+    plain = [{**ask(text("What?")), "image": "0.png", "system": none} for none in ("", None)]
+    first, *others, empty, null = make_vlm_chat_dataset(processors("gemma3"), write(folder, [*rows, *plain]))
+    assert "Be kind." in processors("gemma3").tokenizer.decode(first["input_ids"])
+    for other in others:
+        assert (other["input_ids"], other["labels"]) == (first["input_ids"], first["labels"])
+    assert "Be kind." not in processors("gemma3").tokenizer.decode(empty["input_ids"])
+    assert empty["input_ids"] == null["input_ids"]
+
+
+def test_data_without_any_image_is_said_to_be_text(processors, folder, caplog):
+    rows = [BARE, {**BARE, "scan": "0.png"}]
+    make_vlm_chat_dataset(processors("gemma3"), write(folder, rows))
+    (said,) = (
+        r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "no row has an image" in r.getMessage()
+    )
+    assert "data.jsonl: no row has an image" in said
+    assert "from column 'images' or 'image'; there is 'messages', 'scan'. " in said
+    caplog.clear()
+    values = {name: datasets.Value("string") for name in ("question", "answer")} | {"photo": datasets.Image()}
+    table = {"question": ["What?"], "answer": [ANSWER], "photo": [{"bytes": b"torn", "path": None}]}
+    datasets.Dataset.from_dict(table, features=datasets.Features(values)).to_parquet(folder / "other.parquet")
+    make_vlm_chat_dataset(processors("gemma3"), str(folder / "other.parquet"))
+    assert "there is 'question', 'answer', 'photo'. " in caplog.text
+    caplog.clear()
+    make_vlm_chat_dataset(processors("gemma3"), write(folder, [*rows, ONE], "mixed.jsonl"))
+    assert "no row has an image" not in caplog.text
+
+
+def test_columns_without_a_value_are_no_media(processors, folder):
+    """As rows of one table have them: a row's own column of images is read, though one of the other name is there."""
+    empty = {"videos": [], "video": None, "audios": None, "audio": "", "img": None}
+    rows = [{**BARE, **empty}, {**ask(text("What?")), **empty, "images": [], "image": "0.png"}, ONE]
+    data = make_vlm_chat_dataset(processors("gemma3"), write(folder, rows))
+    assert [sample["vision"].num_images for sample in data] == [0, 1, 1]
+    told = ask(text("Which tag is it?"), answer="It is <video>.")
+    assert len(make_vlm_chat_dataset(processors("gemma3"), write(folder, [told, ONE], "told.jsonl"))) == 2
 
 
 def test_a_column_that_is_not_there(processors, folder):

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from nemo_automodel.components.datasets.sources import open_source
+from nemo_automodel.components.datasets.sources import Source, open_source
 from nemo_automodel.components.datasets.vlm.dataset import VisionDataset, build
-from nemo_automodel.components.datasets.vlm.messages import Conversation, conversation_of
+from nemo_automodel.components.datasets.vlm.images import undecoded
+from nemo_automodel.components.datasets.vlm.messages import IMAGE_COLUMNS, Conversation, conversation_of
+
+logger = logging.getLogger(__name__)
+
+_LOOKED_AT = 100  # rows whose columns are named where none has an image
 
 
 def make_vlm_chat_dataset(
@@ -53,7 +60,22 @@ def make_vlm_chat_dataset(
     """
     source = open_source(path_or_dataset_id, split, name, revision).take(limit_dataset_samples)
     reads = _Chat(messages_column, images_column)
-    return build(source, processor, reads, train_on, template_kwargs, seq_length, on_bad_image, num_proc)
+    data = build(source, processor, reads, train_on, template_kwargs, seq_length, on_bad_image, num_proc)
+    if not data.stats.images and not data.stats.bad_images and not data.stats.images_cut:
+        _say_text_only(source, [images_column] if images_column else IMAGE_COLUMNS)
+    return data
+
+
+def _say_text_only(source: Source, read: Sequence[str]) -> None:
+    rows = replace(source, load=lambda: undecoded(source.dataset))
+    there = dict.fromkeys(name for i in range(min(len(rows), _LOOKED_AT)) for name in rows[i])
+    logger.warning(
+        "%s: no row has an image, so this trains on text alone. Images are read from parts of messages and from column "
+        "%s; there is %s. If there should be images, name their column as dataset.images_column",
+        source.name,
+        " or ".join(map(repr, read)),
+        ", ".join(map(repr, there)),
+    )
 
 
 @dataclass

@@ -28,7 +28,7 @@ from nemo_automodel.types import IGNORE_INDEX, Sample
 
 logger = logging.getLogger(__name__)
 
-CODE_VERSION = 2
+CODE_VERSION = 4
 """Part of the cache key; raise it whenever the same row and options would give other texts or lengths."""
 ON_BAD_IMAGE = ("error", "skip")
 
