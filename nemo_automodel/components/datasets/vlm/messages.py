@@ -116,7 +116,11 @@ def _column_of_images(row: dict[str, Any], asked: str | None, where: str) -> str
             )
         return asked
     there = [name for name in IMAGE_COLUMNS if name in row]
-    return next((name for name in there if row[name]), there[0] if there else None)
+    return next((name for name in there if _filled(row[name])), there[0] if there else None)
+
+
+def _filled(value: Any) -> bool:
+    return value is not None and (not isinstance(value, str | bytes | list | tuple | dict) or bool(value))
 
 
 def _likely(row: dict[str, Any]) -> list[str]:
@@ -140,7 +144,7 @@ def _no_column(row: dict[str, Any]) -> str:
 def _refuse_media(row: dict[str, Any], where: str) -> None:
     for kind in _MEDIA:
         for name in (f"{kind}s", kind):
-            if row.get(name):
+            if _filled(row.get(name)):
                 raise DataError(
                     f"{where}: column {name!r} is not empty, but {kind} is not supported, only images are; take the row out, "
                     "or rename the column if its words say everything without it"
