@@ -112,6 +112,10 @@ def _message(turn: Any, where: str) -> Message:
             "role": turn["from"],
             "content": turn["value"],
         }
+    turn = {**turn}
+    called = turn.pop("function_call", None)  # how OpenAI wrote a single call before tool_calls
+    if called and not turn.get("tool_calls"):
+        turn["tool_calls"] = [{"type": "function", "function": called}]
     role, content = turn.get("role"), turn.get("content")
     if not isinstance(role, str):
         raise DataError(
@@ -138,13 +142,18 @@ def _call(call: Any, where: str) -> Any:
         )
     if not isinstance(inner.get("arguments"), str):
         return call
-    try:
-        inner = {**inner, "arguments": json.loads(inner["arguments"])}
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where}: tool call arguments are not valid JSON ({error.msg}): {inner['arguments'][:60]!r}"
-        ) from None
+    inner = {**inner, "arguments": _parsed(inner["arguments"], f"{where}: tool call arguments")}
     return {**call, "function": inner} if "function" in call else inner
+
+
+def _parsed(value: Any, what: str) -> Any:
+    """``value``, which may be given as its JSON text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{what}: not valid JSON ({error.msg}): {value[:60]!r}") from None
 
 
 @dataclass
@@ -162,13 +171,14 @@ class _Chat:
         messages = self._messages(row, where)
         if not messages:
             return Rendered("", (), complete=True)
-        tools = row.get(self.tools_column) or None
-        if isinstance(tools, str):
-            try:
-                tools = json.loads(tools)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: column {self.tools_column!r} is not valid JSON ({error.msg})") from None
-        return self._renderer(messages, where, tools)
+        return self._renderer(messages, where, self._tools(row, where))
+
+    def _tools(self, row: dict[str, Any], where: str) -> list[Any] | None:
+        name = self.tools_column
+        tools = _parsed(row.get(name) or None, f"{where}: column {name!r}")
+        if tools is not None and not isinstance(tools, list):
+            raise DataError(f"{where}: column {name!r} must be a list of tools, got {str(tools)[:60]!r}")
+        return [_parsed(tool, f"{where}: a tool of column {name!r}") for tool in tools or []] or None
 
     def roles(self, row: dict[str, Any], where: str) -> list[str]:
         """Who speaks in ``row``: for an error that says why there is nothing to train on."""
