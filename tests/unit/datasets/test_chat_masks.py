@@ -263,3 +263,32 @@ def test_the_old_function_call_is_a_tool_call() -> None:
     turns = [{"role": "assistant", "content": None, "function_call": called}]
     assert to_messages({"messages": turns}, "row") == [CALLING[1]]
     assert to_messages({"messages": [{**TWO_TURNS[1], "function_call": None}]}, "row") == [TWO_TURNS[1]]
+
+
+def test_the_system_column_is_put_in_front_of_rows_of_every_form() -> None:
+    chat, fox = TWO_TURNS[:2], {"role": "system", "content": "You are a fox."}
+    forms = [
+        {"messages": chat},
+        {"messages": [fox, *chat]},
+        {"conversations": [{"from": m["role"], "value": m["content"]} for m in chat]},
+        {"instruction": chat[0]["content"], "output": chat[1]["content"]},
+        {"prompt": chat[0]["content"], "completion": chat[1]["content"]},
+        {"prompt": chat[:1], "completion": chat[1:]},
+    ]
+    for row in forms:
+        assert to_messages({**row, "system": fox["content"]}, "row") == [fox, *chat]
+    for nothing in (None, ""):
+        assert to_messages({"messages": chat, "system": nothing}, "row") == chat
+    with pytest.raises(
+        DataError, match=r"a:3: column 'system' says 'x', the conversation's own .*'You are a fox.'; keep"
+    ):
+        to_messages({"messages": [fox, *chat], "system": "x"}, "a:3")
+
+
+def test_a_messages_column_that_is_not_there_is_an_error() -> None:
+    row = {"dialog": TWO_TURNS, "conversations": TWO_TURNS}
+    with pytest.raises(
+        DataError, match=r"a:3: no column 'dialgo' .*messages_column\); there is 'dialog', 'conversations'"
+    ):
+        to_messages(row, "a:3", "dialgo")
+    assert to_messages(row, "a:3", "dialog") == TWO_TURNS
