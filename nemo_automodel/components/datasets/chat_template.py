@@ -60,10 +60,11 @@ class ChatRenderer:
         """The whole conversation, and the characters of it that are trained on.
 
         Raises:
-            DataError: the template refuses the conversation, a weight is neither 0 nor 1, or where a turn begins cannot
-                be told; names ``where``.
+            DataError: the template refuses the conversation or leaves its tools out, a weight is neither 0 nor 1, or
+                where a turn begins cannot be told; names ``where``.
         """
         text = self._render(messages, tools, where)
+        self._check_tools(text, messages, tools, where)
         if self.train_on == "all":
             return Rendered(text, ((0, len(text)),), complete=True)
         turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
@@ -80,6 +81,19 @@ class ChatRenderer:
             if _is_learned(messages[turn], where) and turn in wanted
         ]
         return Rendered(text, tuple(kept), complete=True)
+
+    def _check_tools(self, text: str, messages: Sequence[Message], tools: Any, where: str) -> None:
+        """Many templates know no tools, and leave out silently what a turn of calls has to say."""
+        lost = "the tools offered" if tools and text == self._try(messages, None) else None
+        for i, message in enumerate(messages):
+            bare = {**message}
+            if bare.pop("tool_calls", None) and text == self._try([*messages[:i], bare, *messages[i + 1 :]], tools):
+                lost = lost or f"the tool_calls of message {i}"
+        if lost:
+            raise DataError(
+                f"{where}: the chat template of {self.tokenizer.name_or_path or 'the tokenizer'} leaves out {lost}; set "
+                "tokenizer.chat_template to a template with tools (Jinja text or a .jinja file), or take them out of the data"
+            )
 
     def _render(self, messages: Sequence[Message], tools: Any, where: str, prompt: bool = False) -> str:
         try:

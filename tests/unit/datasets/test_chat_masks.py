@@ -227,3 +227,68 @@ def test_tool_call_arguments_as_text_are_parsed() -> None:
 def test_a_tool_call_that_is_no_object_is_an_error(calls) -> None:
     with pytest.raises(DataError, match=r"row: messages\[0\]: .*(a tool call must be an object|must be list)"):
         to_messages({"messages": [{"role": "assistant", "content": None, "tool_calls": calls}]}, "row")
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+CALLING = [
+    TWO_TURNS[0],
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "4"},
+    TWO_TURNS[1],
+]
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "last", "all"])
+def test_a_template_that_leaves_tools_out_is_an_error(train_on) -> None:
+    render = ChatRenderer(make_tokenizer("chatml"), train_on)
+    with pytest.raises(
+        DataError, match=r"a:7: the chat template of .* leaves out the tool_calls of message 1; set tok"
+    ):
+        render(CALLING, "a:7")
+    with pytest.raises(
+        DataError, match=r"a:7: the chat template of .* leaves out the tools offered; set tokenizer\.chat"
+    ):
+        render(TWO_TURNS, "a:7", [CALL])
+
+
+def test_a_template_that_leaves_out_only_some_calls_is_an_error() -> None:
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template += "{{ messages[1]['tool_calls'] | tojson }}"
+    with pytest.raises(DataError, match=r"leaves out the tool_calls of message 4"):
+        ChatRenderer(tokenizer)([*CALLING, CALLING[1]], "a:7")
+
+
+def test_the_old_function_call_is_a_tool_call() -> None:
+    called = {"name": "add", "arguments": '{"a": 2}'}
+    turns = [{"role": "assistant", "content": None, "function_call": called}]
+    assert to_messages({"messages": turns}, "row") == [CALLING[1]]
+    assert to_messages({"messages": [{**TWO_TURNS[1], "function_call": None}]}, "row") == [TWO_TURNS[1]]
+
+
+def test_the_system_column_is_put_in_front_of_rows_of_every_form() -> None:
+    chat, fox = TWO_TURNS[:2], {"role": "system", "content": "You are a fox."}
+    forms = [
+        {"messages": chat},
+        {"messages": [fox, *chat]},
+        {"conversations": [{"from": m["role"], "value": m["content"]} for m in chat]},
+        {"instruction": chat[0]["content"], "output": chat[1]["content"]},
+        {"prompt": chat[0]["content"], "completion": chat[1]["content"]},
+        {"prompt": chat[:1], "completion": chat[1:]},
+    ]
+    for row in forms:
+        assert to_messages({**row, "system": fox["content"]}, "row") == [fox, *chat]
+    for nothing in (None, ""):
+        assert to_messages({"messages": chat, "system": nothing}, "row") == chat
+    with pytest.raises(
+        DataError, match=r"a:3: column 'system' says 'x', the conversation's own .*'You are a fox.'; keep"
+    ):
+        to_messages({"messages": [fox, *chat], "system": "x"}, "a:3")
+
+
+def test_a_messages_column_that_is_not_there_is_an_error() -> None:
+    row = {"dialog": TWO_TURNS, "conversations": TWO_TURNS}
+    with pytest.raises(
+        DataError, match=r"a:3: no column 'dialgo' .*messages_column\); there is 'dialog', 'conversations'"
+    ):
+        to_messages(row, "a:3", "dialgo")
+    assert to_messages(row, "a:3", "dialog") == TWO_TURNS

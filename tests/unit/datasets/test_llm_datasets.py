@@ -292,3 +292,24 @@ def test_roles_in_capitals_are_known_and_unknown_ones_named(tmp_path):
     for _ in range(2):  # the second time from the cache
         with pytest.raises(DataError, match=r"3 have an empty or unmarked answer \(roles there: bot, user; "):
             make_chat_dataset(tokenizer, path)
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "dog"}]
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL]), [json.dumps(TOOL)]])
+def test_tools_may_be_given_as_json_text(tmp_path, tools):
+    tokenizer = make_tokenizer("reasoning")
+    data = make_chat_dataset(tokenizer, write(tmp_path / "a.jsonl", [{"messages": CHAT, "tools": tools}]))
+    wanted = tokenizer.apply_chat_template(CHAT, tools=[TOOL], tokenize=True, return_dict=False)
+    assert data[0]["input_ids"] == wanted
+    none = write(tmp_path / "b.jsonl", [{"messages": CHAT, "tools": "[]"}])
+    assert "Tools" not in tokenizer.decode(make_chat_dataset(tokenizer, none)[0]["input_ids"])
+
+
+@pytest.mark.parametrize(("tools", "says"), [("[", "not valid JSON"), ("{}", "must be a list of tools")])
+def test_tools_that_are_none_are_an_error(tmp_path, tools, says):
+    path = write(tmp_path / "a.jsonl", [{"messages": CHAT, "tools": tools}])
+    with pytest.raises(DataError, match=rf"a\.jsonl:1: column 'tools'.*{says}"):
+        make_chat_dataset(make_tokenizer("reasoning"), path)

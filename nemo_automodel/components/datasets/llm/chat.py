@@ -23,6 +23,8 @@ _ROLE_OF = {  # ShareGPT's names -> the templates' names
     "observation": "tool",
     "function_response": "tool",
 }
+_DEFAULT = "messages"
+_ALPACA = ("instruction", "input", "output")
 _PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("input", "output"))
 
 
@@ -30,7 +32,7 @@ def make_chat_dataset(
     tokenizer: Any,
     path_or_dataset_id: str | list[str],
     split: str = "train",
-    messages_column: str = "messages",
+    messages_column: str = _DEFAULT,
     train_on: str = "assistant",
     tools_column: str = "tools",
     seq_length: int | None = None,
@@ -43,8 +45,8 @@ def make_chat_dataset(
     """Conversations; what the assistant says (and its stop token) is learned.
 
     Rows may be ``messages`` ([{role, content}]), ShareGPT ``conversations`` ([{from, value}]), Alpaca
-    (instruction, input, output), or a pair such as prompt and completion: the columns tell. A message with
-    ``weight: 0`` (or ``train: false``) is not trained on.
+    (instruction, input, output), or a pair such as prompt and completion: the columns tell. A column ``system`` is put
+    in front. A message with ``weight: 0`` (or ``train: false``) is not trained on.
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
@@ -68,39 +70,72 @@ def make_chat_dataset(
     return tokenize(source, tokenizer, render, seq_length, num_proc)
 
 
-def to_messages(row: dict[str, Any], where: str, messages_column: str = "messages") -> list[Message]:
+def to_messages(row: dict[str, Any], where: str, messages_column: str = _DEFAULT) -> list[Message]:
     """The conversation that ``row`` holds, as [{role, content, ...}]; [] for a pair with an empty answer.
 
     Raises:
-        DataError: no known column, or a message without role or content.
+        DataError: no known column, a message without role or content, or two system turns that differ.
     """
-    for name in (messages_column, "conversations"):
-        if name in row:
-            turns = column(row, name, where, list)
-            return [_message(turn, f"{where}: {name}[{i}]") for i, turn in enumerate(turns)]
+    columns = _columns(row, where, messages_column)
+    if len(columns) == 1:
+        turns = column(row, columns[0], where, list)
+        messages = [_message(turn, f"{where}: {columns[0]}[{i}]") for i, turn in enumerate(turns)]
+    elif columns == _ALPACA:
+        prompt, extra = column(row, "instruction", where), row.get("input") or ""
+        messages = _pair(f"{prompt}\n\n{extra}" if extra else prompt, column(row, "output", where))
+    else:
+        asked, answered = (column(row, name, where, (str, list)) for name in columns)
+        if isinstance(asked, list) and isinstance(answered, list):
+            messages = [_message(turn, where) for turn in [*asked, *answered]]
+        else:
+            messages = _pair(column(row, columns[0], where), column(row, columns[1], where))
+    return _with_system(messages, row, where) if messages else []
+
+
+def _columns(row: dict[str, Any], where: str, messages_column: str) -> tuple[str, ...]:
+    """The columns that hold the conversation of ``row``."""
+    there = ", ".join(map(repr, row)) or "nothing"
+    if messages_column in row:
+        return (messages_column,)
+    if messages_column != _DEFAULT:
+        raise DataError(f"{where}: no column {messages_column!r} (dataset.messages_column); there is {there}")
+    if "conversations" in row:
+        return ("conversations",)
     if "instruction" in row and "output" in row:
-        prompt = column(row, "instruction", where)
-        extra = row.get("input") or ""
-        pair = _pair(f"{prompt}\n\n{extra}" if extra else prompt, column(row, "output", where))
-        system = [{"role": "system", "content": row["system"]}] if row.get("system") and pair else []
-        return [*system, *pair]
-    for ask, answer in _PAIRS:
-        if ask in row and answer in row:
-            asked, answered = column(row, ask, where, (str, list)), column(row, answer, where, (str, list))
-            if isinstance(asked, list) and isinstance(answered, list):
-                return [_message(turn, where) for turn in [*asked, *answered]]
-            return _pair(column(row, ask, where), column(row, answer, where))
+        return _ALPACA
+    for pair in _PAIRS:
+        if pair[0] in row and pair[1] in row:
+            return pair
     raise DataError(
-        f"{where}: no conversation found; there is {', '.join(map(repr, row)) or 'nothing'}. Expected {messages_column!r}, "
+        f"{where}: no conversation found; there is {there}. Expected {messages_column!r}, "
         "'conversations', 'instruction' and 'output', or 'prompt' and 'completion'; set dataset.messages_column, or use "
         "make_instruction_dataset with a column_mapping"
     )
 
 
+def _with_system(messages: list[Message], row: dict[str, Any], where: str) -> list[Message]:
+    """``messages`` behind the system turn that column ``system`` holds, if it does."""
+    if not row.get("system"):
+        return messages
+    system = column(row, "system", where)
+    own = next((message["content"] for message in messages if message["role"] == "system"), system)
+    if own != system:
+        raise DataError(
+            f"{where}: column 'system' says {system[:40]!r}, the conversation's own system turn {str(own)[:40]!r}; keep one of them"
+        )
+    return (
+        messages if any(message["role"] == "system" for message in messages) else [_said("system", system), *messages]
+    )
+
+
+def _said(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
 def _pair(prompt: str, answer: str) -> list[Message]:
     if not answer.strip():  # nothing to learn here, so dropped and counted
         return []
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return [_said("user", prompt), _said("assistant", answer)]
 
 
 def _message(turn: Any, where: str) -> Message:
@@ -112,6 +147,10 @@ def _message(turn: Any, where: str) -> Message:
             "role": turn["from"],
             "content": turn["value"],
         }
+    turn = {**turn}
+    called = turn.pop("function_call", None)  # how OpenAI wrote a single call before tool_calls
+    if called and not turn.get("tool_calls"):
+        turn["tool_calls"] = [{"type": "function", "function": called}]
     role, content = turn.get("role"), turn.get("content")
     if not isinstance(role, str):
         raise DataError(
@@ -138,13 +177,18 @@ def _call(call: Any, where: str) -> Any:
         )
     if not isinstance(inner.get("arguments"), str):
         return call
-    try:
-        inner = {**inner, "arguments": json.loads(inner["arguments"])}
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where}: tool call arguments are not valid JSON ({error.msg}): {inner['arguments'][:60]!r}"
-        ) from None
+    inner = {**inner, "arguments": _parsed(inner["arguments"], f"{where}: tool call arguments")}
     return {**call, "function": inner} if "function" in call else inner
+
+
+def _parsed(value: Any, what: str) -> Any:
+    """``value``, which may be given as its JSON text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{what}: not valid JSON ({error.msg}): {value[:60]!r}") from None
 
 
 @dataclass
@@ -162,13 +206,14 @@ class _Chat:
         messages = self._messages(row, where)
         if not messages:
             return Rendered("", (), complete=True)
-        tools = row.get(self.tools_column) or None
-        if isinstance(tools, str):
-            try:
-                tools = json.loads(tools)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: column {self.tools_column!r} is not valid JSON ({error.msg})") from None
-        return self._renderer(messages, where, tools)
+        return self._renderer(messages, where, self._tools(row, where))
+
+    def _tools(self, row: dict[str, Any], where: str) -> list[Any] | None:
+        name = self.tools_column
+        tools = _parsed(row.get(name) or None, f"{where}: column {name!r}")
+        if tools is not None and not isinstance(tools, list):
+            raise DataError(f"{where}: column {name!r} must be a list of tools, got {str(tools)[:60]!r}")
+        return [_parsed(tool, f"{where}: a tool of column {name!r}") for tool in tools or []] or None
 
     def roles(self, row: dict[str, Any], where: str) -> list[str]:
         """Who speaks in ``row``: for an error that says why there is nothing to train on."""
