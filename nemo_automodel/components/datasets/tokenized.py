@@ -20,7 +20,7 @@ from nemo_automodel.types import IGNORE_INDEX, Sample
 
 logger = logging.getLogger(__name__)
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Part of the cache key; raise it whenever the same row and options would give other ids or labels."""
 MAX_DROPPED = 0.5
 """Share of rows that may have nothing to train on before that is an error."""
