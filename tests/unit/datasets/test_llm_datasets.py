@@ -286,12 +286,20 @@ def test_roles_in_capitals_are_known_and_unknown_ones_named(tmp_path):
         return {"messages": [{"role": "User", "content": "hi"}, {"role": role, "content": "dog"}]}
 
     tokenizer = make_tokenizer("chatml")
-    data = make_chat_dataset(tokenizer, write(tmp_path / "a.jsonl", [chat("Assistant")]))
-    assert answer_of(tokenizer, data[0]) == "dog<|im_end|>"
-    path = write(tmp_path / "b.jsonl", [chat("bot")] * 3)
+    data = make_chat_dataset(tokenizer, write(tmp_path / "a.jsonl", [chat("Assistant"), chat("Bot")]))
+    assert [answer_of(tokenizer, data[i]) for i in range(2)] == ["dog<|im_end|>"] * 2
+    path = write(tmp_path / "b.jsonl", [chat("assistant"), chat("narrator")])
+    with pytest.raises(DataError, match=r"b\.jsonl:2: unknown role 'narrator'.*; write one of system;.*user \(human, "):
+        make_chat_dataset(tokenizer, path)
+    tokenizer.chat_template = "{# 'narrator' #}" + tokenizer.chat_template
+    assert make_chat_dataset(tokenizer, path).stats.dropped == 1
+
+
+def test_rows_without_an_assistants_turn_name_the_roles_there_are(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "hi"}]}] * 3)
     for _ in range(2):  # the second time from the cache
-        with pytest.raises(DataError, match=r"3 have an empty or unmarked answer \(roles there: bot, user; "):
-            make_chat_dataset(tokenizer, path)
+        with pytest.raises(DataError, match=r"3 have an empty or unmarked answer \(roles there: user; "):
+            make_chat_dataset(make_tokenizer("chatml"), path)
 
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}

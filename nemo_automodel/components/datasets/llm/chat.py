@@ -13,16 +13,15 @@ from nemo_automodel.components.datasets.sources import open_source
 from nemo_automodel.components.datasets.tokenized import TokenizedDataset, tokenize
 from nemo_automodel.errors import DataError
 
-_ROLE_OF = {  # ShareGPT's names -> the templates' names
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
+_NAMES = {  # the templates' names of roles, and what others call them
+    "system": (),
+    "developer": (),
+    "user": ("human", "prompter"),
+    "assistant": ("gpt", "chatgpt", "bing", "bard", "bot", "chatbot", "model", "function_call", "tool_call"),
+    "tool": ("observation", "function", "function_response", "tool_response"),
 }
+_ROLE_OF = {other: role for role, others in _NAMES.items() for other in others}
+_CALLS = ("function_call", "tool_call")  # roles whose content is the call, as JSON
 _DEFAULT = "messages"
 _ALPACA = ("instruction", "input", "output")
 _PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("input", "output"))
@@ -150,8 +149,15 @@ def _message(turn: Any, where: str) -> Message:
     turn = {**turn}
     called = turn.pop("function_call", None)  # how OpenAI wrote a single call before tool_calls
     if called and not turn.get("tool_calls"):
-        turn["tool_calls"] = [{"type": "function", "function": called}]
-    role, content = turn.get("role"), turn.get("content")
+        turn["tool_calls"] = [_wrapped(called)]
+    role = turn.get("role")
+    if isinstance(role, str) and role.lower() in _CALLS:
+        calls = _parsed(turn.get("content"), f"{where}: content of {role}")
+        turn |= {
+            "content": "",
+            "tool_calls": [_wrapped(call) for call in (calls if isinstance(calls, list) else [calls])],
+        }
+    content = turn.get("content")
     if not isinstance(role, str):
         raise DataError(
             f"{where}: a message needs a role (such as user or assistant); it has {', '.join(turn) or 'nothing'}"
@@ -166,6 +172,15 @@ def _message(turn: Any, where: str) -> Message:
     if turn.get("tool_calls"):
         message["tool_calls"] = [_call(call, where) for call in column(turn, "tool_calls", where, list)]
     return message
+
+
+def _wrapped(function: Any) -> Any:
+    """OpenAI's form of a bare {name, ...}."""
+    return (
+        function
+        if isinstance(function, dict) and "function" in function
+        else {"type": "function", "function": function}
+    )
 
 
 def _call(call: Any, where: str) -> Any:
@@ -206,6 +221,7 @@ class _Chat:
         messages = self._messages(row, where)
         if not messages:
             return Rendered("", (), complete=True)
+        self._check_roles(messages, where)
         return self._renderer(messages, where, self._tools(row, where))
 
     def _tools(self, row: dict[str, Any], where: str) -> list[Any] | None:
@@ -214,6 +230,17 @@ class _Chat:
         if tools is not None and not isinstance(tools, list):
             raise DataError(f"{where}: column {name!r} must be a list of tools, got {str(tools)[:60]!r}")
         return [_parsed(tool, f"{where}: a tool of column {name!r}") for tool in tools or []] or None
+
+    def _check_roles(self, messages: list[Message], where: str) -> None:
+        template = str(self.tokenizer.chat_template)
+        for role in (message["role"] for message in messages):
+            if role not in _NAMES and f"'{role}'" not in template and f'"{role}"' not in template:
+                known = "; ".join(
+                    f"{name} ({', '.join(others)})" if others else name for name, others in _NAMES.items()
+                )
+                raise DataError(
+                    f"{where}: unknown role {role!r}, which the chat template does not name either; write one of {known}"
+                )
 
     def roles(self, row: dict[str, Any], where: str) -> list[str]:
         """Who speaks in ``row``: for an error that says why there is nothing to train on."""
