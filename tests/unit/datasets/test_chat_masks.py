@@ -323,3 +323,24 @@ def test_roles_have_other_names(role: str, names: str) -> None:
     for name in names.split():
         (message,) = to_messages({"conversations": [{"from": name, "value": "x"}]}, "row")
         assert message["role"] == role
+
+
+def test_alpacas_history_is_earlier_turns() -> None:
+    (ask, answer), last = (m["content"] for m in TWO_TURNS[:2]), TWO_TURNS[2:]
+    row = {"instruction": last[0]["content"], "output": last[1]["content"], "history": [[ask, answer]]}
+    assert to_messages(row, "row") == TWO_TURNS
+    assert to_messages({**row, "history": None}, "row") == last
+    with pytest.raises(
+        DataError, match=r"a:3: column 'history' must hold pairs \[user, assistant\] of text, got \"\['x"
+    ):
+        to_messages({**row, "history": [["x"]]}, "a:3")
+
+
+@pytest.mark.parametrize("empty", ["", " \n", [], [{"type": "text", "text": " "}]])
+def test_a_row_with_an_empty_turn_of_the_assistant_is_dropped(empty) -> None:
+    turn = {"role": "assistant", "content": empty}
+    assert to_messages({"messages": [TWO_TURNS[0], turn]}, "row") == []
+    assert to_messages({"messages": [TWO_TURNS[0], turn, *TWO_TURNS[2:]]}, "row") == []
+    for kept in ({"weight": 0}, {"train": False}, {"tool_calls": [CALL]}, {"reasoning_content": "hm"}):
+        assert len(to_messages({"messages": [TWO_TURNS[0], {**turn, **kept}]}, "row")) == 2
+    assert len(to_messages({"messages": [{"role": "user", "content": empty}, TWO_TURNS[1]]}, "row")) == 2

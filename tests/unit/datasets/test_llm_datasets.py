@@ -321,3 +321,16 @@ def test_tools_that_are_none_are_an_error(tmp_path, tools, says):
     path = write(tmp_path / "a.jsonl", [{"messages": CHAT, "tools": tools}])
     with pytest.raises(DataError, match=rf"a\.jsonl:1: column 'tools'.*{says}"):
         make_chat_dataset(make_tokenizer("reasoning"), path)
+
+
+def test_functions_are_tools(tmp_path):
+    tokenizer = make_tokenizer("reasoning")
+    row = {"messages": CHAT, "functions": [TOOL["function"]]}
+    data = make_chat_dataset(tokenizer, write(tmp_path / "a.jsonl", [row]))
+    assert data[0]["input_ids"] == tokenizer.apply_chat_template(CHAT, tools=[TOOL], tokenize=True, return_dict=False)
+
+
+def test_columns_that_are_not_read_are_said_once(tmp_path, caplog):
+    rows = [{"messages": CHAT, "tools": None, "system": "", "id": 1, "conversations": []}] * 3
+    make_chat_dataset(make_tokenizer("chatml"), write(tmp_path / "a.jsonl", rows))
+    assert [r.message.split(": ", 1)[1] for r in caplog.records] == ["columns that are not read: id, conversations"]
