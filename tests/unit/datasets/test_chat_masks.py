@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from nemo_automodel.components.datasets.chat_template import ChatRenderer
@@ -292,3 +294,53 @@ def test_a_messages_column_that_is_not_there_is_an_error() -> None:
     ):
         to_messages(row, "a:3", "dialgo")
     assert to_messages(row, "a:3", "dialog") == TWO_TURNS
+
+
+@pytest.mark.parametrize("said", ['{"name": "add", "arguments": {"a": 2}}', f"[{json.dumps(CALL)}]", CALL["function"]])
+@pytest.mark.parametrize("role", ["function_call", "tool_call"])
+def test_sharegpts_turn_of_a_call_is_the_assistants(role, said) -> None:
+    turns = [{"from": role, "value": said, "weight": 0}, {"from": "observation", "value": "4"}]
+    assert to_messages({"conversations": turns}, "row") == [{**CALLING[1], "weight": 0}, CALLING[2]]
+
+
+def test_a_turn_of_a_call_that_is_no_json_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"a:3: conversations\[0\]: content of function_call: not valid JSON"):
+        to_messages({"conversations": [{"from": "function_call", "value": "add(2)"}]}, "a:3")
+    with pytest.raises(DataError, match=r"a:3: conversations\[0\]: a tool call must be an object"):
+        to_messages({"conversations": [{"from": "function_call", "value": "2"}]}, "a:3")
+
+
+@pytest.mark.parametrize(
+    ("role", "names"),
+    [
+        ("user", "user human"),
+        ("assistant", "assistant gpt bot chatbot model"),
+        ("tool", "tool observation function"),
+        ("system", "system System"),
+    ],
+)
+def test_roles_have_other_names(role: str, names: str) -> None:
+    for name in names.split():
+        (message,) = to_messages({"conversations": [{"from": name, "value": "x"}]}, "row")
+        assert message["role"] == role
+
+
+def test_alpacas_history_is_earlier_turns() -> None:
+    (ask, answer), last = (m["content"] for m in TWO_TURNS[:2]), TWO_TURNS[2:]
+    row = {"instruction": last[0]["content"], "output": last[1]["content"], "history": [[ask, answer]]}
+    assert to_messages(row, "row") == TWO_TURNS
+    assert to_messages({**row, "history": None}, "row") == last
+    with pytest.raises(
+        DataError, match=r"a:3: column 'history' must hold pairs \[user, assistant\] of text, got \"\['x"
+    ):
+        to_messages({**row, "history": [["x"]]}, "a:3")
+
+
+@pytest.mark.parametrize("empty", ["", " \n", [], [{"type": "text", "text": " "}]])
+def test_a_row_with_an_empty_turn_of_the_assistant_is_dropped(empty) -> None:
+    turn = {"role": "assistant", "content": empty}
+    assert to_messages({"messages": [TWO_TURNS[0], turn]}, "row") == []
+    assert to_messages({"messages": [TWO_TURNS[0], turn, *TWO_TURNS[2:]]}, "row") == []
+    for kept in ({"weight": 0}, {"train": False}, {"tool_calls": [CALL]}, {"reasoning_content": "hm"}):
+        assert len(to_messages({"messages": [TWO_TURNS[0], {**turn, **kept}]}, "row")) == 2
+    assert len(to_messages({"messages": [{"role": "user", "content": empty}, TWO_TURNS[1]]}, "row")) == 2

@@ -286,12 +286,20 @@ def test_roles_in_capitals_are_known_and_unknown_ones_named(tmp_path):
         return {"messages": [{"role": "User", "content": "hi"}, {"role": role, "content": "dog"}]}
 
     tokenizer = make_tokenizer("chatml")
-    data = make_chat_dataset(tokenizer, write(tmp_path / "a.jsonl", [chat("Assistant")]))
-    assert answer_of(tokenizer, data[0]) == "dog<|im_end|>"
-    path = write(tmp_path / "b.jsonl", [chat("bot")] * 3)
+    data = make_chat_dataset(tokenizer, write(tmp_path / "a.jsonl", [chat("Assistant"), chat("Bot")]))
+    assert [answer_of(tokenizer, data[i]) for i in range(2)] == ["dog<|im_end|>"] * 2
+    path = write(tmp_path / "b.jsonl", [chat("assistant"), chat("narrator")])
+    with pytest.raises(DataError, match=r"b\.jsonl:2: unknown role 'narrator'.*; write one of system;.*user \(human, "):
+        make_chat_dataset(tokenizer, path)
+    tokenizer.chat_template = "{# 'narrator' #}" + tokenizer.chat_template
+    assert make_chat_dataset(tokenizer, path).stats.dropped == 1
+
+
+def test_rows_without_an_assistants_turn_name_the_roles_there_are(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "hi"}]}] * 3)
     for _ in range(2):  # the second time from the cache
-        with pytest.raises(DataError, match=r"3 have an empty or unmarked answer \(roles there: bot, user; "):
-            make_chat_dataset(tokenizer, path)
+        with pytest.raises(DataError, match=r"3 have an empty or unmarked answer \(roles there: user; "):
+            make_chat_dataset(make_tokenizer("chatml"), path)
 
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
@@ -313,3 +321,16 @@ def test_tools_that_are_none_are_an_error(tmp_path, tools, says):
     path = write(tmp_path / "a.jsonl", [{"messages": CHAT, "tools": tools}])
     with pytest.raises(DataError, match=rf"a\.jsonl:1: column 'tools'.*{says}"):
         make_chat_dataset(make_tokenizer("reasoning"), path)
+
+
+def test_functions_are_tools(tmp_path):
+    tokenizer = make_tokenizer("reasoning")
+    row = {"messages": CHAT, "functions": [TOOL["function"]]}
+    data = make_chat_dataset(tokenizer, write(tmp_path / "a.jsonl", [row]))
+    assert data[0]["input_ids"] == tokenizer.apply_chat_template(CHAT, tools=[TOOL], tokenize=True, return_dict=False)
+
+
+def test_columns_that_are_not_read_are_said_once(tmp_path, caplog):
+    rows = [{"messages": CHAT, "tools": None, "system": "", "id": 1, "conversations": []}] * 3
+    make_chat_dataset(make_tokenizer("chatml"), write(tmp_path / "a.jsonl", rows))
+    assert [r.message.split(": ", 1)[1] for r in caplog.records] == ["columns that are not read: id, conversations"]

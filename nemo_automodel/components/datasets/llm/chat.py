@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,18 +14,20 @@ from nemo_automodel.components.datasets.sources import open_source
 from nemo_automodel.components.datasets.tokenized import TokenizedDataset, tokenize
 from nemo_automodel.errors import DataError
 
-_ROLE_OF = {  # ShareGPT's names -> the templates' names
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
+logger = logging.getLogger(__name__)
+
+_NAMES = {  # the templates' names of roles, and what others call them
+    "system": (),
+    "developer": (),
+    "user": ("human", "prompter"),
+    "assistant": ("gpt", "chatgpt", "bing", "bard", "bot", "chatbot", "model", "function_call", "tool_call"),
+    "tool": ("observation", "function", "function_response", "tool_response"),
 }
+_ROLE_OF = {other: role for role, others in _NAMES.items() for other in others}
+_CALLS = ("function_call", "tool_call")  # roles whose content is the call, as JSON
+_FUNCTIONS = "functions"  # where OpenAI wrote tools before there was "tools"
 _DEFAULT = "messages"
-_ALPACA = ("instruction", "input", "output")
+_ALPACA = ("instruction", "input", "output", "history")
 _PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("input", "output"))
 
 
@@ -82,14 +85,17 @@ def to_messages(row: dict[str, Any], where: str, messages_column: str = _DEFAULT
         messages = [_message(turn, f"{where}: {columns[0]}[{i}]") for i, turn in enumerate(turns)]
     elif columns == _ALPACA:
         prompt, extra = column(row, "instruction", where), row.get("input") or ""
-        messages = _pair(f"{prompt}\n\n{extra}" if extra else prompt, column(row, "output", where))
+        pair = _pair(f"{prompt}\n\n{extra}" if extra else prompt, column(row, "output", where))
+        messages = [*_history(row, where), *pair] if pair else []
     else:
         asked, answered = (column(row, name, where, (str, list)) for name in columns)
         if isinstance(asked, list) and isinstance(answered, list):
             messages = [_message(turn, where) for turn in [*asked, *answered]]
         else:
             messages = _pair(column(row, columns[0], where), column(row, columns[1], where))
-    return _with_system(messages, row, where) if messages else []
+    if not messages or any(map(_says_nothing, messages)):  # nothing to learn here, so dropped and counted
+        return []
+    return _with_system(messages, row, where)
 
 
 def _columns(row: dict[str, Any], where: str, messages_column: str) -> tuple[str, ...]:
@@ -128,12 +134,34 @@ def _with_system(messages: list[Message], row: dict[str, Any], where: str) -> li
     )
 
 
+def _history(row: dict[str, Any], where: str) -> list[Message]:
+    """Alpaca's earlier turns, [[what the user said, what the assistant said], ...]."""
+    messages: list[Message] = []
+    for pair in column(row, "history", where, list) if row.get("history") else []:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise DataError(
+                f"{where}: column 'history' must hold pairs [user, assistant] of text, got {str(pair)[:60]!r}"
+            )
+        messages += [_said("user", pair[0]), _said("assistant", pair[1])]
+    return messages
+
+
+def _says_nothing(message: Message) -> bool:
+    """Whether the assistant would learn here to say nothing."""
+    if message["role"] != "assistant" or message.get("weight") == 0 or message.get("train") == 0:
+        return False
+    content = message["content"]
+    texts = [part.get("text", "-") if isinstance(part, dict) else str(part) for part in content] if isinstance(content, list) else [content]  # fmt: skip
+    thoughts = [message.get(key) for key in ("tool_calls", "reasoning_content", "reasoning", "thinking")]
+    return not any(thoughts) and not "".join(map(str, texts)).strip()
+
+
 def _said(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
 def _pair(prompt: str, answer: str) -> list[Message]:
-    if not answer.strip():  # nothing to learn here, so dropped and counted
+    if not answer.strip():
         return []
     return [_said("user", prompt), _said("assistant", answer)]
 
@@ -150,8 +178,15 @@ def _message(turn: Any, where: str) -> Message:
     turn = {**turn}
     called = turn.pop("function_call", None)  # how OpenAI wrote a single call before tool_calls
     if called and not turn.get("tool_calls"):
-        turn["tool_calls"] = [{"type": "function", "function": called}]
-    role, content = turn.get("role"), turn.get("content")
+        turn["tool_calls"] = [_wrapped(called)]
+    role = turn.get("role")
+    if isinstance(role, str) and role.lower() in _CALLS:
+        calls = _parsed(turn.get("content"), f"{where}: content of {role}")
+        turn |= {
+            "content": "",
+            "tool_calls": [_wrapped(call) for call in (calls if isinstance(calls, list) else [calls])],
+        }
+    content = turn.get("content")
     if not isinstance(role, str):
         raise DataError(
             f"{where}: a message needs a role (such as user or assistant); it has {', '.join(turn) or 'nothing'}"
@@ -166,6 +201,15 @@ def _message(turn: Any, where: str) -> Message:
     if turn.get("tool_calls"):
         message["tool_calls"] = [_call(call, where) for call in column(turn, "tool_calls", where, list)]
     return message
+
+
+def _wrapped(function: Any) -> Any:
+    """OpenAI's form of a bare {name, ...}."""
+    return (
+        function
+        if isinstance(function, dict) and "function" in function
+        else {"type": "function", "function": function}
+    )
 
 
 def _call(call: Any, where: str) -> Any:
@@ -200,20 +244,42 @@ class _Chat:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._warned = False
         self._renderer = ChatRenderer(self.tokenizer, self.train_on, self.template_kwargs)
 
     def __call__(self, row: dict[str, Any], where: str) -> Rendered:
         messages = self._messages(row, where)
+        self._say_unread(row, where)
         if not messages:
             return Rendered("", (), complete=True)
+        self._check_roles(messages, where)
         return self._renderer(messages, where, self._tools(row, where))
 
     def _tools(self, row: dict[str, Any], where: str) -> list[Any] | None:
-        name = self.tools_column
+        name = self.tools_column if self.tools_column in row else _FUNCTIONS
         tools = _parsed(row.get(name) or None, f"{where}: column {name!r}")
         if tools is not None and not isinstance(tools, list):
             raise DataError(f"{where}: column {name!r} must be a list of tools, got {str(tools)[:60]!r}")
-        return [_parsed(tool, f"{where}: a tool of column {name!r}") for tool in tools or []] or None
+        tools = [_parsed(tool, f"{where}: a tool of column {name!r}") for tool in tools or []]
+        return [_wrapped(tool) if name == _FUNCTIONS else tool for tool in tools] or None
+
+    def _say_unread(self, row: dict[str, Any], where: str) -> None:
+        read = {*_columns(row, where, self.messages_column), "system", self.tools_column}
+        unread = [name for name in row if name not in read and (name != _FUNCTIONS or self.tools_column in row)]
+        if unread and not self._warned:
+            self._warned = True
+            logger.warning("%s: columns that are not read: %s", where, ", ".join(unread))
+
+    def _check_roles(self, messages: list[Message], where: str) -> None:
+        template = str(self.tokenizer.chat_template)
+        for role in (message["role"] for message in messages):
+            if role not in _NAMES and f"'{role}'" not in template and f'"{role}"' not in template:
+                known = "; ".join(
+                    f"{name} ({', '.join(others)})" if others else name for name, others in _NAMES.items()
+                )
+                raise DataError(
+                    f"{where}: unknown role {role!r}, which the chat template does not name either; write one of {known}"
+                )
 
     def roles(self, row: dict[str, Any], where: str) -> list[str]:
         """Who speaks in ``row``: for an error that says why there is nothing to train on."""
