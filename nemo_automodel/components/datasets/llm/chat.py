@@ -268,7 +268,7 @@ class _Chat:
         unread = [name for name in row if name not in read and (name != _FUNCTIONS or self.tools_column in row)]
         if unread and not self._warned:
             self._warned = True
-            logger.warning("%s: columns that are not read: %s", where, ", ".join(unread))
+            logger.info("%s: columns that are not read: %s", where, ", ".join(unread))
 
     def _check_roles(self, messages: list[Message], where: str) -> None:
         template = str(self.tokenizer.chat_template)
