@@ -83,6 +83,12 @@ def read(raw: dict[str, Any], index: int, name: str) -> tuple[dict[str, Any], st
     where = raw[_WHERE]
     try:
         row = json.loads(raw[_TEXT])
+        if "\\u" in raw[_TEXT]:
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{where}: a text has half a surrogate pair (an emoji cut in two); repair or remove it"
+        ) from None
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno}): {raw[_TEXT][:60]!r}") from None
     if not isinstance(row, dict):
@@ -228,8 +234,9 @@ def _table(file: Path) -> pa.Table:
                 return _in_chunks(_csv_rows(file, text, "\t" if kind == ".tsv" else ","))
             return _in_chunks(_json_rows(file, text) if kind == ".json" else _lines(file, text))
     except UnicodeDecodeError:
+        other = "utf-16" if file.open("rb").read(2) in (b"\xff\xfe", b"\xfe\xff") else "latin1"
         raise DataError(
-            f"{file}: not UTF-8 at byte {_first_bad_byte(file)}; convert it, e.g. `iconv -f latin1 -t utf-8 {file.name}`"
+            f"{file}: not UTF-8 at byte {_first_bad_byte(file)}; convert it, e.g. `iconv -f {other} -t utf-8 {file.name}`"
         ) from None
 
 
@@ -296,7 +303,8 @@ def _json_rows(file: Path, lines: TextIO) -> Iterator[tuple[str, str]]:
         raise DataError(f'{file}: expected a list of rows, or {{"data": [rows]}}; got {_kind(content)}')
     if rows and isinstance(rows[0], dict) and "paragraphs" in rows[0]:
         rows = list(_squad_rows(file, rows))
-    return ((json.dumps(row, ensure_ascii=False), f"{file} row {index}") for index, row in enumerate(rows))
+    escaped = re.search(r"\\u[dD][89a-fA-F]", text) is not None  # if half a surrogate pair, it is for ``read`` to tell
+    return ((json.dumps(row, ensure_ascii=escaped), f"{file} row {index}") for index, row in enumerate(rows))
 
 
 def _squad_rows(file: Path, articles: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -325,3 +325,20 @@ def test_other_kinds_of_files_are_named(tmp_path):
     (tmp_path / "scripted" / "scripted.py").write_text("")
     with pytest.raises(DataError, match=r"scripted\.py is a script, which is not run: use the dataset's parquet"):
         open_source(str(tmp_path / "scripted"))
+
+
+@pytest.mark.parametrize(("name", "before", "after"), [("a.jsonl", "", ""), ("a.json", "[", "]")])
+def test_half_a_surrogate_pair_is_named_and_a_whole_one_is_an_emoji(tmp_path, name, before, after):
+    whole = '{"x": "\\ud83d\\ude00 \u00e9"}'
+    (tmp_path / name).write_text(f"{before}{whole}{after}", encoding="utf-8")
+    assert open_source(str(tmp_path / name))[0] == {"x": "\U0001f600 \u00e9"}
+    broken = '{"x": "a\\ud83d"}'
+    (tmp_path / name).write_text(f"{before}{broken}{after}")
+    with pytest.raises(DataError, match=rf"{name}.*half a surrogate pair"):
+        open_source(str(tmp_path / name))[0]
+
+
+def test_utf_16_is_told_from_latin_1(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"x": "e"}', encoding="utf-16")
+    with pytest.raises(DataError, match="iconv -f utf-16 -t utf-8"):
+        len(open_source(str(tmp_path / "a.jsonl")))
