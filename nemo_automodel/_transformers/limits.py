@@ -28,6 +28,12 @@ def check_data_fits(model: PreTrainedModel, tokenizer: Any, **datasets: Any) -> 
             warning.
     """
     check_vocabulary(model, tokenizer)
+    added, embedding = getattr(tokenizer, "tokens_added", 0), model.get_input_embeddings()
+    if added and embedding is not None and not any(p.requires_grad for p in embedding.parameters()):
+        logger.warning(
+            "tokenizer.add_tokens: the embedding is frozen, so the rows of the %d new tokens stay as they are; train all weights "
+            "for them to mean something, or write tokens that the model knows", added,
+        )  # fmt: skip
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for section, data in datasets.items():
         lengths = getattr(data, "lengths", None)

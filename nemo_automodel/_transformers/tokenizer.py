@@ -38,7 +38,8 @@ def load_tokenizer(
         pad_token: replaces the tokenizer's pad token; must be in the vocabulary. Default: the tokenizer's own, else a
             pad-like token of its vocabulary, else its EOS (reported; padding is never recognised by id, so no EOS is lost).
         eos_token: replaces the tokenizer's EOS; must be in the vocabulary.
-        add_tokens: tokens to add to the vocabulary (the model's embedding must have room or grow).
+        add_tokens: tokens to add to the vocabulary. The model's embedding must have a row for each (many have some to spare;
+            else ``resize_token_embeddings`` it and save it first). Where it is frozen, as under LoRA, they stay untrained.
         **kwargs: passed on to ``AutoTokenizer.from_pretrained``.
 
     Raises:
@@ -51,7 +52,7 @@ def load_tokenizer(
         )
     tokenizer = _load(str(name), revision, trust_remote_code, kwargs)
     if add_tokens:
-        tokenizer.add_tokens(list(add_tokens))
+        tokenizer.tokens_added = tokenizer.add_tokens(list(add_tokens))
     if chat_template is not None:
         tokenizer.chat_template = chat_template_of(chat_template, "tokenizer.chat_template")
     if eos_token is not None:

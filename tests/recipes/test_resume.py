@@ -129,6 +129,16 @@ def test_an_extended_run_goes_on_under_the_new_plan(tmp_path, decay):
         workspace.run(*short, "--checkpoint.restore_from=latest", "--checkpoint.extend=true")
 
 
+def test_moments_may_move_to_the_host_at_a_resume(tmp_path):
+    workspace = make_workspace(tmp_path)
+    own = ["--optimizer._target_=nemo_automodel.components.training.adamw.AdamW", "--optimizer.state_dtype=bfloat16"]
+    args = [*own, "--step_scheduler.ckpt_every_steps=3", "--checkpoint.keep_last=null"]
+    whole = trace(workspace.run(*args, out="whole"))
+    checkpoint = next((tmp_path / "whole").glob("epoch_*_step_3"))
+    moved = trace(workspace.run(*args, "--optimizer.offload=true", f"--checkpoint.restore_from={checkpoint}"))
+    assert moved == {step: line for step, line in whole.items() if step > 3}
+
+
 def test_resume_reads_no_pickle_of_the_users(tmp_path, monkeypatch):
     """``torch.load`` is never reached: it is replaced by a function that fails, in a real resume."""
     workspace = make_workspace(tmp_path)

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from nemo_automodel import NeMoAutoModelForCausalLM, NeMoAutoModelForImageTextToText
 from nemo_automodel._transformers.blocks import find_blocks
+from nemo_automodel._transformers.limits import check_data_fits
 from nemo_automodel._transformers.loading import check_vocabulary
+from nemo_automodel._transformers.tokenizer import load_tokenizer
 from nemo_automodel.components._peft.lora import PeftConfig
 from nemo_automodel.errors import ConfigError, ModelError
 from tests.builders import make_tokenizer, tiny_config
@@ -330,3 +332,13 @@ def test_a_directory_that_is_not_there_says_from_where_it_was_looked_for(tmp_pat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError, match=rf"model \./x: no such local directory \(relative to {tmp_path}\)"):
         NeMoAutoModelForCausalLM.from_pretrained("./x")
+
+
+def test_new_tokens_under_adapters_are_said_to_stay_untrained(tmp_path, caplog):
+    AutoModelForCausalLM.from_config(tiny_config("llama", vocab_size=400)).save_pretrained(tmp_path)
+    make_tokenizer("plain").save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path), add_tokens=["<tool>", "</tool>"])
+    for peft, said in ((PeftConfig(match_all_linear=True, dim=4), True), (None, False)):
+        caplog.clear()
+        check_data_fits(NeMoAutoModelForCausalLM.from_pretrained(str(tmp_path), peft=peft), tokenizer)
+        assert ("rows of the 2 new tokens stay as they are" in caplog.text) == said
