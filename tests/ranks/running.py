@@ -102,7 +102,7 @@ class Running:
     def status(self):
         """``exit_status.json``, as (exit code, reason, rank, step) and the message."""
         content = json.loads((self.directory / "exit_status.json").read_text())
-        assert set(content) == {"exit_code", "reason", "step", "rank", "message", "time"}
+        assert set(content) == {"exit_code", "reason", "step", "rank", "message", "time", "run"}
         return (content["exit_code"], content["reason"], content["rank"], content["step"]), content["message"]
 
 

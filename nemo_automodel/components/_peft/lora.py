@@ -272,17 +272,21 @@ def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ConfigError(f"peft.{key}={value!r}: must be one of {', '.join(allowed)}")
 
 
+_DTYPES = {
+    "float32": torch.float32, "fp32": torch.float32, "float": torch.float32, "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16, "float64": torch.float64,
+}  # fmt: skip
+
+
 def _parse_dtype(value: str | torch.dtype | None) -> torch.dtype:
     name = "float32" if value is None else str(value).removeprefix("torch.")
-    dtype = {"float32": torch.float32, "fp32": torch.float32, "float": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}.get(name)  # fmt: skip
-    if dtype is None:
-        reason = (
-            "; float16 has too little range: AdamW's moments become 0 in it"
-            if name in ("float16", "fp16", "half")
-            else ""
+    if name in ("float16", "fp16", "half"):
+        raise ConfigError(
+            f"peft.lora_dtype={name!r}: float16 has too little range, AdamW's moments become 0 in it; write float32 or bfloat16"
         )
-        raise ConfigError(f"peft.lora_dtype={name!r}: write float32 or bfloat16{reason}")
-    return dtype
+    if name not in _DTYPES:
+        raise ConfigError(f"peft.lora_dtype={name!r}: write float32 or bfloat16")
+    return _DTYPES[name]
 
 
 __all__ = ["LoRALinear", "PeftConfig", "reset_adapters"]
