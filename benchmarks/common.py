@@ -8,7 +8,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,20 @@ def write(
     facts = ", ".join(f"{key} {value}" for key, value in described.items())
     (directory / f"{name}.md").write_text(f"{table}\n\nMachine: {facts}.\n")
     return table
+
+
+def write_each(
+    name: str, rows: Iterable[dict[str, Any]], columns: list[str], directory: Path | None = None
+) -> list[dict[str, Any]]:
+    """Print each of ``rows`` as it comes and ``write`` all so far: a run cut short leaves what it has. Returns them."""
+    done: list[dict[str, Any]] = []
+    table = ""
+    for row in rows:
+        print({key: row[key] for key in columns if row.get(key) is not None}, flush=True)
+        done.append(row)
+        table = write(name, done, columns, directory)
+    print(table)
+    return done
 
 
 def markdown(rows: list[dict[str, Any]], columns: list[str]) -> str:

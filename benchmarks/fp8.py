@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import milliseconds, write
+from benchmarks.common import milliseconds, write_each
 from benchmarks.step import measure
 from benchmarks.workloads import WORKLOADS, Workload, tiny
 from nemo_automodel.kernels.fp8 import product_with_low_rank, quantize_rows
@@ -133,13 +133,8 @@ def main(argv: list[str] | None = None) -> int:
         "step": lambda: one_step(whole, device, arguments.steps),
         "curve": lambda: curve(shallow, device, arguments.curve),
     }
-    rows: list[dict[str, Any]] = []
-    table = ""
-    for row in itertools.chain.from_iterable(parts[name]() for name in arguments.parts):
-        print({key: row[key] for key in COLUMNS if key in row}, flush=True)
-        rows.append(row)
-        table = write("fp8", rows, COLUMNS, arguments.out)
-    print(table)
+    rows = itertools.chain.from_iterable(parts[name]() for name in arguments.parts)
+    write_each("fp8", rows, COLUMNS, arguments.out)
     return 0
 
 

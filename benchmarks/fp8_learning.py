@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import write
+from benchmarks.common import write_each
 from benchmarks.contenders import FP32_MASTERS, Contender, build, ours_small_state
 from benchmarks.step import optimizer_step
 from benchmarks.workloads import WORKLOADS, Workload, canonical, chain_batches, tiny
@@ -50,7 +50,7 @@ def adapters(
     else:
         base = ours_small_state(replace(workload, lora_rank=None), device, "bfloat16")
         losses = _losses(base, chain_batches(workload, base_steps), "base", device)
-        yield {**_row("adapters", "their base, all weights in bf16", losses), "losses": losses}
+        yield _row("adapters", "their base, all weights in bf16", losses)
         weights = {canonical(name): p.detach().cpu() for name, p in base.model.named_parameters()}
         del base
         if file is not None:
@@ -95,20 +95,21 @@ def _losses(contender: Contender, batches: list[Batch], part: str, device: torch
 
 
 def _row(part: str, name: str, losses: list[float]) -> dict[str, Any]:
-    return {"part": part, "what": name, "steps": len(losses), "first loss": losses[0], "last loss": losses[-1]}
+    ends = {"first loss": losses[0], "last loss": losses[-1]}
+    return {"part": part, "what": name, "steps": len(losses), **ends, "losses": losses}
 
 
 def _compared(part: str, curves: dict[str, list[float]]) -> Iterator[dict[str, Any]]:
     """A row for each curve; differences are relative to that of ``ours``, where it is among them."""
     for name, losses in curves.items():
-        row = {**_row(part, name, losses), "losses": losses}
+        row = _row(part, name, losses)
         if name != NAMES[0] and NAMES[0] in curves:
             off = [abs(a - b) / b for a, b in zip(losses, curves[NAMES[0]], strict=True)]
             row |= {
                 "mean difference": float(f"{statistics.mean(off):.1e}"),
                 "largest difference": float(f"{max(off):.1e}"),
+                "at step": off.index(max(off)),
             }
-            row["at step"] = off.index(max(off))
         yield row
 
 
@@ -131,13 +132,8 @@ def main(argv: list[str] | None = None) -> int:
         "whole": lambda: whole(b, device, steps, names),
         "adapters": lambda: adapters(a, device, steps, names, arguments.base_steps, arguments.base),
     }
-    rows: list[dict[str, Any]] = []
-    table = ""
-    for row in itertools.chain.from_iterable(parts[name]() for name in arguments.parts):
-        print({key: row[key] for key in COLUMNS if key in row}, flush=True)
-        rows.append(row)
-        table = write("fp8-learning", rows, COLUMNS, arguments.out)
-    print(table)
+    rows = itertools.chain.from_iterable(parts[name]() for name in arguments.parts)
+    write_each("fp8-learning", rows, COLUMNS, arguments.out)
     return 0
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import write
+from benchmarks.common import write_each
 from benchmarks.contenders import ROUNDED
 from benchmarks.step import measure
 from benchmarks.workloads import LLAMA_8B, WORKLOADS, Workload, tiny
@@ -88,13 +88,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=None, help="directory for the results (default benchmarks/results)")
     arguments = parser.parse_args(argv)
     known = parts(arguments.cpu, arguments.steps, arguments.curve)
-    rows: list[dict[str, Any]] = []
-    table = ""
-    for row in itertools.chain.from_iterable(known[name] for name in arguments.parts):
-        print({key: row[key] for key in COLUMNS if row.get(key) is not None}, flush=True)
-        rows.append(row)
-        table = write("qlora", rows, COLUMNS, arguments.out)
-    print(table)
+    chosen = itertools.chain.from_iterable(known[name] for name in arguments.parts)
+    rows = write_each("qlora", chosen, COLUMNS, arguments.out)
     return int(any(row.get("equal") is False or row.get("fits") is False for row in rows))
 
 

@@ -196,13 +196,11 @@ def _restore(calls: Calls, file: str) -> Iterator[str]:
     if wanted == "latest" or (wanted == "best" and (Path(folder) / "BEST").is_file()):
         return  # latest starts anew, and says so, where there is nothing yet: a requeued job needs no other command
     node, path = _written(call, "restore_from")
-    fix = (
-        f"there are {', '.join(there)}, and none is the best, since none was validated"
-        if there and wanted == "best"
-        else f"there are {', '.join(there)}"
-        if there
-        else f"{folder} holds no complete checkpoint; leave restore_from out to start anew"
-    )
+    if not there:
+        fix = f"{folder} holds no complete checkpoint; leave restore_from out to start anew"
+    else:
+        none_validated = ", and none is the best, since none was validated"
+        fix = f"there are {', '.join(there)}{none_validated * (wanted == 'best')}"
     yield _message(node, path, "nothing to restore", fix)
 
 

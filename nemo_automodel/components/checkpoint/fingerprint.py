@@ -26,7 +26,7 @@ _FREE = (
     "model.attn_implementation",
     "freeze.cache_features_gb",
 )
-PLAN = ("step_scheduler.num_epochs", "step_scheduler.max_steps", "lr_scheduler")
+_PLAN = ("step_scheduler.num_epochs", "step_scheduler.max_steps", "lr_scheduler")
 """How long the run is and how its learning rate goes: what ``checkpoint.extend`` lets change."""
 _NOT_WORTH_SAYING = ("checkpoint", "loggers", "dist_env", "certificate")
 _ABSENT = "absent"
@@ -85,7 +85,7 @@ def compare(saved: Mapping[str, Any], live: Mapping[str, Any]) -> Changes:
         if _under(key, _NOT_WORTH_SAYING):
             continue
         counts = _under(key, _MUST_MATCH) and not _under(key, free)
-        into = found.harmless if not counts else found.plan if _under(key, PLAN) else found.forbidden
+        into = found.harmless if not counts else found.plan if _under(key, _PLAN) else found.forbidden
         into.append(f"{key}: {old} -> {new}")
     if None not in (saved.get("data"), live.get("data")) and not same_data:
         found.forbidden.append(f"data (content, tokenizer, template and options): {saved['data']} -> {live['data']}")

@@ -202,12 +202,12 @@ def load_resume(state: TrainState, directory: Path, ranks: Ranks, new_plan: bool
 
     def restore_the_rest() -> None:
         schedule = plain.decode(document["schedule"], aside)
-        planned = _planned_rates(state, schedule["step"]) if new_plan else []
+        planned = _planned_rates(state, schedule["step"]) if new_plan else None
         _load_optimizer(state.optimizer, names, document["optimizer"], loaded, aside)
-        if new_plan:
-            _set_rates(state.optimizer, planned)
-        else:
+        if planned is None:
             state.lr_scheduler.load_state_dict(plain.decode(document["lr_scheduler"], aside))
+        else:
+            _set_rates(state.optimizer, planned)
         state.schedule.load_state_dict(schedule)
         for name, part in state.extra.items():
             part.load_state_dict(plain.decode(document["extra"][name], own))

@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_automodel.components.checkpoint.adapters import CONFIG
 
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of its --max-lora-rank
 
 
 def serving_advice(checkpoint: Path) -> str:
@@ -27,13 +27,15 @@ def serving_advice(checkpoint: Path) -> str:
         return "\n".join(lines)
     config = json.loads((adapter / CONFIG).read_text())
     base, rank = config.get("base_model_name_or_path"), config.get("r", 0)
+    largest = next(
+        (size for size in _VLLM_RANKS if size >= rank), None
+    )  # the smallest that vLLM offers and that holds it
     if config.get("use_dora"):
-        lines += (
-            [] if model != adapter else [f"  vLLM has no DoRA; merge it first:  automodel merge {_typed(checkpoint)}"]
-        )
-    elif base and rank <= _VLLM_RANKS[-1]:
+        if model == adapter:
+            lines += [f"  vLLM has no DoRA; merge it first:  automodel merge {_typed(checkpoint)}"]
+    elif base and largest is not None:
         lines += [
-            f"  serve the adapter:  vllm serve {_typed(base)} --enable-lora --max-lora-rank {_vllm_rank(rank)} --lora-modules {_typed(f'tuned={adapter}')}",
+            f"  serve the adapter:  vllm serve {_typed(base)} --enable-lora --max-lora-rank {largest} --lora-modules {_typed(f'tuned={adapter}')}",
         ]
     if model == adapter:
         lines += [f"  merge it into full weights:  automodel merge {_typed(checkpoint)}"]
@@ -42,8 +44,3 @@ def serving_advice(checkpoint: Path) -> str:
 
 def _typed(what: Any) -> str:
     return shlex.quote(str(what))
-
-
-def _vllm_rank(rank: int) -> int:
-    """The smallest maximum that vLLM offers and that holds ``rank``."""
-    return next((size for size in _VLLM_RANKS if size >= rank), rank)

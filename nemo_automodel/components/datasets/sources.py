@@ -234,7 +234,8 @@ def _table(file: Path) -> pa.Table:
                 return _in_chunks(_csv_rows(file, text, "\t" if kind == ".tsv" else ","))
             return _in_chunks(_json_rows(file, text) if kind == ".json" else _lines(file, text))
     except UnicodeDecodeError:
-        other = "utf-16" if file.open("rb").read(2) in (b"\xff\xfe", b"\xfe\xff") else "latin1"
+        with file.open("rb") as start:
+            other = "utf-16" if start.read(2) in (b"\xff\xfe", b"\xfe\xff") else "latin1"
         raise DataError(
             f"{file}: not UTF-8 at byte {_first_bad_byte(file)}; convert it, e.g. `iconv -f {other} -t utf-8 {file.name}`"
         ) from None

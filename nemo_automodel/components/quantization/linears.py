@@ -12,11 +12,6 @@ def block_linears(blocks: Sequence[nn.Module]) -> list[nn.Linear]:
     return list({m: None for block in blocks for m in block.modules() if isinstance(m, nn.Linear)})
 
 
-def frozen_linears(blocks: Sequence[nn.Module]) -> list[nn.Linear]:
-    """Those of ``block_linears`` whose weight is not trained."""
-    return [m for m in block_linears(blocks) if not m.weight.requires_grad]
-
-
 def computes_plainly(module: nn.Linear) -> bool:
     """Whether ``module`` is ``nn.Linear`` or an adapter on one, with no forward of its own."""
     plain = type(module) is nn.Linear or nn.Linear in type(module).__bases__

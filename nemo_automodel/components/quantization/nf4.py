@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nemo_automodel.components.quantization.linears import block_linears, computes_plainly, frozen_linears, with_mixin
+from nemo_automodel.components.quantization.linears import block_linears, computes_plainly, with_mixin
 from nemo_automodel.errors import ConfigError
 from nemo_automodel.kernels.nf4 import BLOCK, Packed, nf4_linear, nf4_lora_linear, pack, unpack
 
@@ -65,8 +65,9 @@ class QuantizationConfig:
         """
         if not self.load_in_4bit:
             return False
-        frozen = frozen_linears(blocks)
-        if not block_linears(blocks):
+        linears = block_linears(blocks)
+        frozen = [m for m in linears if not m.weight.requires_grad]
+        if not linears:
             raise ConfigError(
                 "quantization: this model's blocks hold no nn.Linear, and only those are kept in four bits (GPT-2 has Conv1D "
                 "layers); write quantization.load_in_4bit: false"

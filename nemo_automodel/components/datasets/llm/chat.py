@@ -244,7 +244,7 @@ class _Chat:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._warned = False
+        self._said_unread = False
         self._renderer = ChatRenderer(self.tokenizer, self.train_on, self.template_kwargs)
 
     def __call__(self, row: dict[str, Any], where: str) -> Rendered:
@@ -264,10 +264,12 @@ class _Chat:
         return [_wrapped(tool) if name == _FUNCTIONS else tool for tool in tools] or None
 
     def _say_unread(self, row: dict[str, Any], where: str) -> None:
+        if self._said_unread:
+            return
         read = {*_columns(row, where, self.messages_column), "system", self.tools_column}
         unread = [name for name in row if name not in read and (name != _FUNCTIONS or self.tools_column in row)]
-        if unread and not self._warned:
-            self._warned = True
+        if unread:
+            self._said_unread = True
             logger.info("%s: columns that are not read: %s", where, ", ".join(unread))
 
     def _check_roles(self, messages: list[Message], where: str) -> None:
