@@ -7,15 +7,18 @@ one architecture breaks (a crash, a hang, a patched class) ends with it.
 from __future__ import annotations
 
 import dataclasses
-import functools
+import faulthandler
 import json
 import logging
 import os
+import re
 import resource
 import signal
+import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import IO, NamedTuple
 
 import torch
 
@@ -26,48 +29,59 @@ SECONDS = 90  # of a processor, an architecture
 BYTES = 8 << 30  # of address space
 
 
+class _Child(NamedTuple):
+    task: tuple[str, str]
+    pipe: int
+    """Where its rows are read."""
+    stacks: IO[str]
+    """What it was doing when a limit ended it."""
+    start: float
+
+
 def sweep(tasks: Sequence[tuple[str, str]], jobs: int) -> Iterator[Row]:
     """The ``Row`` of each (model_type, kind) of ``tasks`` as it is done, ``jobs`` at a time."""
     waiting = list(tasks)
-    running: dict[int, tuple[tuple[str, str], int, float]] = {}
+    running: dict[int, _Child] = {}
     while waiting or running:
         while waiting and len(running) < max(jobs, 1):
-            task = waiting.pop(0)
-            pid, end = _fork(functools.partial(check, *task))
-            running[pid] = (task, end, time.monotonic())
+            pid, child = _fork(waiting.pop(0))
+            running[pid] = child
         pid, status = os.waitpid(-1, 0)
         if pid not in running:
             continue
-        task, end, start = running.pop(pid)
-        row = _read(task, end, status)
-        row.seconds = round(time.monotonic() - start, 1)
+        child = running.pop(pid)
+        row = _read(child, status)
+        row.seconds = round(time.monotonic() - child.start, 1)
         yield row
 
 
-def _fork(work: Callable[..., Row]) -> tuple[int, int]:
+def _fork(task: tuple[str, str]) -> tuple[int, _Child]:
     end, other = os.pipe()
+    stacks = tempfile.TemporaryFile("w+")  # noqa: SIM115 - the child writes it, closed when read
     pid = os.fork()
     if pid:
         os.close(other)
-        return pid, end
+        return pid, _Child(task, end, stacks, time.monotonic())
     code = 1
     try:  # nothing of the parent may run on in the child
         os.close(end)
-        _restrict()
+        _restrict(stacks)
         with os.fdopen(other, "w") as pipe:
 
             def report(row: Row) -> None:
                 pipe.write(json.dumps(dataclasses.asdict(row)) + "\n")
                 pipe.flush()
 
-            report(work(report=report))
+            report(check(*task, report=report))
         code = 0
     finally:
         os._exit(code)
 
 
-def _restrict() -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+def _restrict(stacks: IO[str]) -> None:
+    for limit in (signal.SIGXCPU, signal.SIGALRM):
+        faulthandler.register(limit, stacks, chain=True)
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 10))
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     signal.alarm(10 * SECONDS)
     torch.set_num_threads(1)
@@ -78,21 +92,34 @@ def _restrict() -> None:
     os.dup2(quiet, 2)
 
 
-def _read(task: tuple[str, str], end: int, status: int) -> Row:
-    with os.fdopen(end) as pipe:
+def _read(child: _Child, status: int) -> Row:
+    with os.fdopen(child.pipe) as pipe, child.stacks as stacks:
         text = pipe.read()
+        stacks.seek(0)
+        place = _innermost(stacks.read())
     lines = text.splitlines()
-    row = Row(**json.loads(lines[-1])) if lines else Row(*task)
+    row = Row(**json.loads(lines[-1])) if lines else Row(*child.task)
     if lines and status == 0:
         return row
-    killed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-    slow = killed in (signal.SIGXCPU, signal.SIGALRM, signal.SIGKILL)
-    why = f"not done in {SECONDS} s" if slow else f"its process ended by itself (status {status})"
+    why = f"its process ended by itself (status {status})"
+    if os.WIFSIGNALED(status):
+        killer = signal.Signals(os.WTERMSIG(status))
+        slow = killer in (signal.SIGXCPU, signal.SIGALRM)
+        why = f"not done in {SECONDS} s{place}" if slow else f"its process was ended by {killer.name}"
     if row.trains_plainly:  # it got as far as two ranks
         row.cells |= {column: why for column, cell in row.cells.items() if cell == LATER}
     else:
         row.cells["twin"] = why
     return row
+
+
+def _innermost(stacks: str) -> str:
+    """Where the thread that a signal met was, of the stacks that ``faulthandler`` writes (innermost frame first)."""
+    _, _, current = stacks.partition("Current thread")
+    frames = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', current)
+    ours = [frame for frame in frames if "nemo_automodel" in frame[0]]
+    shown = [f"{os.path.basename(path)}:{line} in {name}" for path, line, name in frames[:1] + ours[:1]]
+    return f" ({', below '.join(dict.fromkeys(shown))})" if shown else ""
 
 
 __all__ = ["sweep"]

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import re
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from datetime import timedelta
@@ -16,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_automodel._transformers import coverage, coverage_packing, coverage_ranks, coverage_steps
+from nemo_automodel._transformers import coverage, coverage_packing, coverage_ranks, coverage_run, coverage_steps
 from nemo_automodel._transformers.compat import registered_types
 from nemo_automodel._transformers.coverage import check
 from nemo_automodel._transformers.coverage_cells import COLUMNS, REQUIRED, YES, Row
@@ -134,14 +137,36 @@ def test_a_second_rank_that_dies_is_a_reason(monkeypatch: pytest.MonkeyPatch) ->
     assert row.cells["fsdp2"] not in (YES, "")
 
 
-def test_a_process_that_dies_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    def dies(*_: Any) -> Row:
-        raise SystemExit(3)
+def exits(*_: Any, **__: Any) -> Row:
+    raise SystemExit(3)
 
-    monkeypatch.setattr("nemo_automodel._transformers.coverage_run.check", dies)
+
+def is_killed(*_: Any, **__: Any) -> Row:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("it lives on")
+
+
+def hangs(*_: Any, **__: Any) -> Row:
+    while True:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("check_of_it", "said"),
+    [
+        (exits, r"its process ended by itself \(status 256\)"),
+        (is_killed, "its process was ended by SIGKILL"),
+        (hangs, r"not done in 1 s \(test_coverage.py:\d+ in hangs, below coverage_run.py:\d+ in _fork\)"),
+    ],
+)
+def test_a_process_that_does_not_end_well_is_a_row(
+    check_of_it: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coverage_run, "check", check_of_it)
+    monkeypatch.setattr(coverage_run, "SECONDS", 1)
     (row,) = sweep([("llama", "causal")], jobs=2)
     assert not row.trains_plainly
-    assert "ended by itself" in row.cells["twin"]
+    assert re.fullmatch(said, row.cells["twin"])
 
 
 def test_the_report_is_a_page_and_the_same_as_json(tmp_path: Path) -> None:
