@@ -171,9 +171,12 @@ class Annotations:
     def _explain(self, node: Node, annotation: ast.expr, members: list[ast.expr]) -> tuple[str, str]:
         choices = [str(choice) for choice in _choices(members)]
         names = _simple(members)
-        if choices and (isinstance(node.value, str) or not names - {"None"}):
+        if choices and (isinstance(node.value, str) or not names - {"None", "Literal"}):
             close = nearest(str(node.value), choices)
-            return f"not one of {', '.join(choices)}", f"did you mean `{close}`?" if close else f"write {choices[0]}"
+            return f"not one of {', '.join(choices)}", f"did you mean `{close}`?" if close else "write one of them"
+        lengths = [n for m in members if (n := _fixed_length(m)) is not None]
+        if isinstance(node.value, list) and lengths and len(node.value) != lengths[0]:
+            return f"expected a list of {lengths[0]}, not of {len(node.value)}", f"write {lengths[0]} values"
         expected = ast.unparse(annotation).strip("'\"")
         return f"expected {expected}, not {_describe(node)}", _fix(node, names, members)
 
@@ -280,13 +283,20 @@ def _is_container(annotation: ast.expr) -> bool:
     return _name(annotation) in _LISTS | _TUPLES | _SETS
 
 
+def _fixed_length(annotation: ast.expr) -> int | None:
+    """How many items a tuple of fixed length has; None for anything else."""
+    if not isinstance(annotation, ast.Subscript) or _name(annotation) not in _TUPLES:
+        return None
+    parts = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
+    return None if any(isinstance(p, ast.Constant) and p.value is Ellipsis for p in parts) else len(parts)
+
+
 def _item_annotations(annotation: ast.expr, length: int) -> list[ast.expr] | None:
     """The annotation of each of ``length`` items; None where a fixed-length tuple has another length."""
     if not isinstance(annotation, ast.Subscript):
         return [ast.Name("Any")] * length
     parts = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
-    if _name(annotation) not in _TUPLES:
+    fixed = _fixed_length(annotation)
+    if fixed is None:
         return [parts[0]] * length
-    if len(parts) == 2 and isinstance(parts[1], ast.Constant) and parts[1].value is Ellipsis:
-        return [parts[0]] * length
-    return list(parts) if len(parts) == length else None
+    return list(parts) if fixed == length else None

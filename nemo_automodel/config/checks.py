@@ -139,6 +139,10 @@ def _validated(calls: Calls, file: str) -> Iterator[str]:
 
 def _loss(calls: Calls, file: str) -> Iterator[str]:
     call = calls.get("loss_fn")
+    if call is not None and call.target.startswith("torch.nn."):
+        problem = f"{call.target} takes other shapes than logits [B, S, V] and labels [B, S], and returns a mean"
+        fix = "write nemo_automodel.components.loss.masked_ce.MaskedCrossEntropy, or a function that returns their sum"
+        yield f"{call.where} loss_fn: {problem}; {fix}"
     if call is not None and _value(call, "ignore_index") not in (None, -100):
         node, path = _written(call, "ignore_index")
         yield _message(node, path, "the data marks what is not trained on with -100", "leave it out")

@@ -25,6 +25,7 @@ from nemo_automodel.errors import DataError
 from nemo_automodel.hub import explain, patiently
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_PACKED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".tar")
 _SPLIT_WORDS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 _NOT_ROWS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "config.json")  # as ``datasets`` has it
 _CHUNK = 2**22  # characters of rows that wait as Python strings, about
@@ -142,7 +143,7 @@ def _some(dataset: datasets.Dataset, label: str, split: str) -> datasets.Dataset
 def _is_local(path: str) -> bool:
     if Path(path).expanduser().exists() or path.startswith((".", "/", "~")) or glob.has_magic(path):
         return True
-    return path.lower().endswith(SUFFIXES) or path.count("/") > 1
+    return path.lower().endswith(SUFFIXES + _PACKED) or path.count("/") > 1
 
 
 def _open_local(paths: list[str], label: str, split: str) -> Source:
@@ -191,8 +192,7 @@ def _files(path: str, split: str) -> list[Path]:
         raise DataError(f"{path}: {what} (relative to {Path.cwd()})")
     for file in found:
         if file.suffix.lower() not in SUFFIXES:
-            packed = file.suffix.lower() in (".gz", ".zip", ".bz2", ".xz", ".zst", ".tar")
-            fix = "unpack it first" if packed else "rename or convert it"
+            fix = "unpack it first" if file.suffix.lower() in _PACKED else "rename or convert it"
             raise DataError(f"{file}: not a kind of file that can be read ({', '.join(SUFFIXES)}); {fix}")
     # A file named on its own is what is wanted, whatever it is called; another split than the default must be in it.
     return found if split == "train" else _of_split(found, place.parent, split)

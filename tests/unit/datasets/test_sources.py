@@ -319,6 +319,8 @@ def test_other_kinds_of_files_are_named(tmp_path):
     (tmp_path / "data.txt").write_text("{}")
     with pytest.raises(DataError, match=r"data\.jsonl\.gz: not a kind .* unpack it first"):
         open_source(str(tmp_path / "data.jsonl.gz"))
+    with pytest.raises(DataError, match=r"^absent\.jsonl\.gz: no such file"):  # and not looked for on the Hub
+        open_source("absent.jsonl.gz")
     with pytest.raises(DataError, match=r"data\.txt: not a kind"):
         open_source(str(tmp_path / "data.txt"))
     (tmp_path / "scripted").mkdir()

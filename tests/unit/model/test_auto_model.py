@@ -334,6 +334,16 @@ def test_a_directory_that_is_not_there_says_from_where_it_was_looked_for(tmp_pat
         NeMoAutoModelForCausalLM.from_pretrained("./x")
 
 
+def test_parts_of_a_language_model_are_itself(checkpoint: Path) -> None:
+    for parts in (["language_model", "projector"], "all"):
+        peft = PeftConfig(match_all_linear=True, parts=parts)
+        assert NeMoAutoModelForCausalLM.from_pretrained(str(checkpoint), peft=peft)._automodel_peft is peft
+    with pytest.raises(ConfigError, match=r"peft\.parts=vision_tower: .* no other part .*; leave it out"):
+        NeMoAutoModelForCausalLM.from_pretrained(
+            str(checkpoint), peft=PeftConfig(match_all_linear=True, parts="vision_tower")
+        )
+
+
 def test_new_tokens_under_adapters_are_said_to_stay_untrained(tmp_path, caplog):
     AutoModelForCausalLM.from_config(tiny_config("llama", vocab_size=400)).save_pretrained(tmp_path)
     make_tokenizer("plain").save_pretrained(tmp_path)
