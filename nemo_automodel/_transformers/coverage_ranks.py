@@ -55,17 +55,18 @@ class Pair:
             try:
                 os.close(self._go)
                 signal.alarm(10 * _SECONDS)
-                if os.read(end, 1):
+                if port := os.read(end, 8):
                     signal.alarm(_SECONDS)
-                    _measure(1, directory, kind, None)
+                    _measure(1, _store(int(port)), directory, kind, None)
             finally:
                 os._exit(0)
         os.close(end)
 
     def measure(self, wanted: Step) -> dict[str, str]:
         """The cells of both layouts; ``wanted`` is what one rank gets."""
-        os.write(self._go, b"1")
-        return _measure(0, self.directory, self.kind, wanted)
+        store = _store()
+        os.write(self._go, str(store.port).encode())
+        return _measure(0, store, self.directory, self.kind, wanted)
 
     def end(self) -> None:
         """Leave no second process behind."""
@@ -80,14 +81,19 @@ def one_rank(model: Any, batches: list[dict[str, Any]]) -> Step:
     return _step(model, batches, len(batches), lambda last: None)
 
 
-def _measure(rank: int, directory: Path, kind: str, wanted: Step | None) -> dict[str, str]:
+def _store(port: int = 0) -> dist.TCPStore:
+    """Where the two ranks meet: rank 0 opens it on a free port. (A ``FileStore`` read while torn is read forever.)"""
+    return dist.TCPStore("127.0.0.1", port, is_master=not port, timeout=_TIMEOUT, wait_for_workers=False)
+
+
+def _measure(rank: int, store: dist.TCPStore, directory: Path, kind: str, wanted: Step | None) -> dict[str, str]:
     batches = torch.load(directory / "batches.pt", weights_only=True)
     cells = {}
     for column, sizes in LAYOUTS.items():
 
         def trial(column: str = column, sizes: dict[str, Any] = sizes) -> None:
-            store = dist.FileStore(str(directory / column), 2)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=_TIMEOUT)
+            apart = dist.PrefixStore(column, store)
+            dist.init_process_group("gloo", store=apart, rank=rank, world_size=2, timeout=_TIMEOUT)
             found = _on_two_ranks(directory, kind, batches, sizes)
             if wanted is not None:
                 _compare(found, wanted)

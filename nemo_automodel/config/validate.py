@@ -83,6 +83,9 @@ class Validator:
         if node is None or node.value is None:
             if spec.presence is Presence.REQUIRED:
                 self._missing_section(name, spec, node)
+            elif spec.presence is Presence.OPTIONAL and node is not None and not node.text:
+                fix = f"indent its keys below it, or write `{name}: null` to go without"
+                self._say(node, name, "nothing is written in this section", fix)
             if spec.presence is not Presence.DEFAULT or spec.target is None:
                 return None
             node = Node({}, Where(self._file))

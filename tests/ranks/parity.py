@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -293,12 +294,13 @@ def main(root: str, cells: str, results: str) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store, rank, size = next(rendezvous("env://"))
     found = {}
     for number, fields in enumerate(json.loads(Path(cells).read_text())):
         cell = Cell(**fields)
         # Groups of its own for each cell: those of all cells together come to a thousand threads a rank, which wake for nothing.
-        dist.init_process_group(backend, init_method=f"file://{root}/group_{number}", rank=rank, world_size=size)
+        apart = dist.PrefixStore(f"group_{number}", store)
+        dist.init_process_group(backend, store=apart, rank=rank, world_size=size)
         try:
             got = run_cell(cell, Path(root))
             expected = torch.load(Path(root) / f"oracle_{cell.oracle}.pt", weights_only=True)

@@ -40,6 +40,7 @@ def message(path, *overrides):
 
 def test_base_is_good(recipe):
     load(recipe(""))
+    assert load(recipe("optimizer:\npeft: null\nfp8: ~")).peft.instantiate() is None
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,8 @@ def test_base_is_good(recipe):
         ("optimizer:\n  _target_: 3", r":6 optimizer\._target_=3: must be a dotted name"),
         ("lr_scheduler:\n  _target_: torch.optim.lr_scheduler.StepLR", r":6 lr_scheduler\.step_size: missing argument of torch\.optim\.lr_scheduler\.StepLR\(optimizer, step_size, gamma=0\.1, last_epoch=-1\); add `step_size:`"),
         ("loss_fn:\n  reduction: sum", r":6 loss_fn\.reduction=sum: .*takes no such argument; .*[Ii]t takes .*chunk_size"),
+        ("peft:", r":5 peft=: nothing is written in this section; indent its keys below it, or write `peft: null` to go without"),
+        ("fp8:\n  # enabled: true", r":5 fp8=: nothing is written in this section"),
         ("optimizer: 3", r":5 optimizer=3: a section is a mapping"),
         ("optimizer: [lr]", r":5 optimizer=\[\.\.\.\]: a section is a mapping"),
         ("optimizer:\n  lr: .nan", r":6 optimizer\.lr=\.nan: not a number; write a number such as 1e-4"),

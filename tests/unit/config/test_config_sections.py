@@ -118,7 +118,9 @@ def test_values_and_their_defaults_can_be_read(recipe):
         _ = cfg.optimiser
 
 
-@pytest.mark.parametrize(("peft", "lr"), [("", 1e-5), ("peft: {match_all_linear: true}\n", 1e-4), ("peft:\n", 1e-5)])
+@pytest.mark.parametrize(
+    ("peft", "lr"), [("", 1e-5), ("peft: {match_all_linear: true}\n", 1e-4), ("peft: null\n", 1e-5)]
+)
 def test_learning_rate_depends_on_peft(recipe, peft, lr):
     import torch
 

@@ -303,8 +303,9 @@ def test_a_merger_that_is_trained_inside_the_tower_is_said(cases, caplog):
     assert not run.cache._towers
 
 
-def _on_two_ranks(rank: int, path: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+def _on_two_ranks(rank: int, port: int) -> None:
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     try:
         with pytest.raises(ConfigError, match="works on one rank only, and this run has 2"):
             Freeze(cache_features_gb=1)
@@ -313,5 +314,6 @@ def _on_two_ranks(rank: int, path: str) -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_several_ranks_are_refused(tmp_path):
-    torch.multiprocessing.spawn(_on_two_ranks, (str(tmp_path / "store"),), nprocs=2)
+def test_several_ranks_are_refused():
+    meeting = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    torch.multiprocessing.spawn(_on_two_ranks, (meeting.port,), nprocs=2)

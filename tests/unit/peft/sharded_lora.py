@@ -7,7 +7,6 @@ gathered adapter and the merged weights equal one process's; loss and gradients 
 from __future__ import annotations
 
 import sys
-import tempfile
 
 import torch
 import torch.distributed as dist
@@ -77,8 +76,9 @@ def check(config: PeftConfig) -> None:
             torch.testing.assert_close(full(parameter.grad), gradients[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
-def main(rank: int, directory: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
+def main(rank: int, port: int) -> None:
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     for use_dora in (False, True):
         check(PeftConfig(match_all_linear=True, dim=3, use_dora=use_dora))
     check(PeftConfig(target_parameters=["experts.gate_up_proj", "experts.down_proj"], dim=3))
@@ -86,6 +86,6 @@ def main(rank: int, directory: str) -> None:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(main, args=(folder,), nprocs=2)
+    meeting = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    torch.multiprocessing.spawn(main, args=(meeting.port,), nprocs=2)
     sys.exit(0)
