@@ -283,13 +283,14 @@ def _keep_wide(model: PreTrainedModel, compute_dtype: torch.dtype, rounded: bool
 
 def _adaptable(model: PreTrainedModel, peft: PeftConfig) -> Callable[[str], bool] | None:
     """What tells the modules within ``peft.parts``; None where the model has one part only, all of it."""
-    wanted, part_of = peft.chosen_parts, part_finder(model)
+    wanted = peft.chosen_parts
     if not has_towers(model):
         if not {"language_model", "all"} & set(wanted):
             raise ConfigError(
                 f"peft.parts={peft.parts}: {type(model).__name__} has no other part than its language model; leave it out"
             )
         return None
+    part_of = part_finder(model)
     return lambda name: wanted == ["all"] or part_of(name) in wanted
 
 

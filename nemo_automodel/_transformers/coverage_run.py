@@ -80,7 +80,7 @@ def _fork(task: tuple[str, str]) -> tuple[int, _Child]:
 
 def _restrict(stacks: IO[str]) -> None:
     for limit in (signal.SIGXCPU, signal.SIGALRM):
-        faulthandler.register(limit, stacks, chain=True)
+        faulthandler.register(limit, stacks, all_threads=False, chain=True)
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 10))
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     signal.alarm(10 * SECONDS)
@@ -94,10 +94,9 @@ def _restrict(stacks: IO[str]) -> None:
 
 def _read(child: _Child, status: int) -> Row:
     with os.fdopen(child.pipe) as pipe, child.stacks as stacks:
-        text = pipe.read()
+        lines = pipe.read().splitlines()
         stacks.seek(0)
-        place = _innermost(stacks.read())
-    lines = text.splitlines()
+        stack = stacks.read()
     row = Row(**json.loads(lines[-1])) if lines else Row(*child.task)
     if lines and status == 0:
         return row
@@ -105,7 +104,7 @@ def _read(child: _Child, status: int) -> Row:
     if os.WIFSIGNALED(status):
         killer = signal.Signals(os.WTERMSIG(status))
         slow = killer in (signal.SIGXCPU, signal.SIGALRM)
-        why = f"not done in {SECONDS} s{place}" if slow else f"its process was ended by {killer.name}"
+        why = f"not done in {SECONDS} s{_innermost(stack)}" if slow else f"its process was ended by {killer.name}"
     if row.trains_plainly:  # it got as far as two ranks
         row.cells |= {column: why for column, cell in row.cells.items() if cell == LATER}
     else:
@@ -114,9 +113,9 @@ def _read(child: _Child, status: int) -> Row:
 
 
 def _innermost(stacks: str) -> str:
-    """Where the thread that a signal met was, of the stacks that ``faulthandler`` writes (innermost frame first)."""
-    _, _, current = stacks.partition("Current thread")
-    frames = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', current)
+    """Where the last of the stacks was that ``faulthandler`` wrote (the second rank's may stand before it)."""
+    _, _, last = stacks.rpartition("Stack (most recent call first)")
+    frames = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', last)
     ours = [frame for frame in frames if "nemo_automodel" in frame[0]]
     shown = [f"{os.path.basename(path)}:{line} in {name}" for path, line, name in frames[:1] + ours[:1]]
     return f" ({', below '.join(dict.fromkeys(shown))})" if shown else ""

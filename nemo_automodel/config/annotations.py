@@ -142,7 +142,7 @@ class Annotations:
             yield from self._members(annotation.left, module, depth)
             yield from self._members(annotation.right, module, depth)
         elif isinstance(annotation, ast.Subscript) and _name(annotation) in _WRAPPERS:
-            inner_nodes = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
+            inner_nodes = _parameters(annotation)
             for inner in inner_nodes[:1] if _name(annotation) == "Annotated" else inner_nodes:
                 yield from self._members(inner, module, depth)
             if _name(annotation) == "Optional":
@@ -270,9 +270,13 @@ def _simple(members: list[ast.expr]) -> set[str]:
     return {name for name in map(_name, members) if name is not None}
 
 
+def _parameters(annotation: ast.Subscript) -> list[ast.expr]:
+    """What stands between the brackets."""
+    return annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
+
+
 def _literals(annotation: ast.Subscript) -> list[Any]:
-    nodes = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
-    return [node.value for node in nodes if isinstance(node, ast.Constant)]
+    return [node.value for node in _parameters(annotation) if isinstance(node, ast.Constant)]
 
 
 def _is_one_of(value: Any, choices: list[Any]) -> bool:
@@ -287,7 +291,7 @@ def _fixed_length(annotation: ast.expr) -> int | None:
     """How many items a tuple of fixed length has; None for anything else."""
     if not isinstance(annotation, ast.Subscript) or _name(annotation) not in _TUPLES:
         return None
-    parts = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
+    parts = _parameters(annotation)
     return None if any(isinstance(p, ast.Constant) and p.value is Ellipsis for p in parts) else len(parts)
 
 
@@ -295,7 +299,7 @@ def _item_annotations(annotation: ast.expr, length: int) -> list[ast.expr] | Non
     """The annotation of each of ``length`` items; None where a fixed-length tuple has another length."""
     if not isinstance(annotation, ast.Subscript):
         return [ast.Name("Any")] * length
-    parts = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
+    parts = _parameters(annotation)
     fixed = _fixed_length(annotation)
     if fixed is None:
         return [parts[0]] * length
