@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from nemo_automodel import NeMoAutoModelForCausalLM, NeMoAutoModelForImageTextToText
+from nemo_automodel._transformers.auto_model import _keep_sums_wide
 from nemo_automodel._transformers.blocks import find_blocks
 from nemo_automodel._transformers.limits import check_data_fits
 from nemo_automodel._transformers.loading import check_vocabulary
@@ -352,3 +353,23 @@ def test_new_tokens_under_adapters_are_said_to_stay_untrained(tmp_path, caplog):
         caplog.clear()
         check_data_fits(NeMoAutoModelForCausalLM.from_pretrained(str(tmp_path), peft=peft), tokenizer)
         assert ("rows of the 2 new tokens stay as they are" in caplog.text) == said
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "tp", "wide"), [(384, 1, False), (385, 1, True), (392, 1, False), (392, 2, True)]
+)
+def test_sums_over_an_odd_vocabulary_stay_wide_on_cuda(vocabulary, tp, wide, caplog):
+    products = torch.backends.cuda.matmul
+    before = products.allow_bf16_reduced_precision_reduction, products.allow_fp16_reduced_precision_reduction
+    model = LlamaForCausalLM(tiny_config("llama", vocab_size=vocabulary))
+    try:
+        products.allow_bf16_reduced_precision_reduction = products.allow_fp16_reduced_precision_reduction = True
+        with caplog.at_level("INFO"):
+            _keep_sums_wide(model, torch.device("cpu"), tp)
+            assert products.allow_bf16_reduced_precision_reduction
+            _keep_sums_wide(model, torch.device("cuda"), tp)
+        narrow = products.allow_bf16_reduced_precision_reduction, products.allow_fp16_reduced_precision_reduction
+    finally:
+        products.allow_bf16_reduced_precision_reduction, products.allow_fp16_reduced_precision_reduction = before
+    assert narrow == (not wide, not wide)
+    assert (f"vocabulary of {vocabulary}" in caplog.text) == wide
