@@ -274,11 +274,12 @@ def _keep_sums_wide(model: PreTrainedModel, device: torch.device, tp: int) -> No
     """
     if device.type != "cuda":
         return
-    rows = getattr(getattr(model.get_output_embeddings(), "weight", None), "shape", (0,))[0]
-    if rows % (8 * tp):
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    if weight is not None and weight.shape[0] % (8 * tp):
         products = torch.backends.cuda.matmul
         products.allow_bf16_reduced_precision_reduction = products.allow_fp16_reduced_precision_reduction = False
-        logger.info("vocabulary of %d, no multiple of %d: sums of products are kept in float32", rows, 8 * tp)
+        text = "vocabulary of %d, no multiple of %d: sums of products are kept in float32"
+        logger.info(text, weight.shape[0], 8 * tp)
 
 
 def _keep_wide(model: PreTrainedModel, compute_dtype: torch.dtype, rounded: bool) -> None:
